@@ -1,0 +1,16 @@
+"""Small Mask R-CNN, trained from scratch with CBN throughout, 2 images per GPU (or CPU)."""
+
+_base_ = ['../cbn/mask-rcnn_r50_fpn_cbn-all_1x_coco.py', '../_base_/small.py']
+
+model = dict(_base_.small_model, roi_head=dict(_base_.small_box_branch, **_base_.small_mask_branch))
+
+train_pipeline, test_pipeline = (
+    [dict(step, scale=_base_.small_scale) if step['type'] == 'Resize' else step for step in pipeline]
+    for pipeline in (_base_.train_pipeline, _base_.test_pipeline)
+)
+train_dataloader = dict(batch_size=_base_.small_batch_size, num_workers=1, dataset=dict(pipeline=train_pipeline))
+val_dataloader = dict(num_workers=1, dataset=dict(pipeline=test_pipeline))
+test_dataloader = val_dataloader
+
+optim_wrapper = dict(optimizer=dict(lr=_base_.small_lr))
+auto_scale_lr = dict(base_batch_size=_base_.small_batch_size)

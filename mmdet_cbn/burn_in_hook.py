@@ -1,0 +1,124 @@
+"""The burn-in of Cross-Iteration Batch Normalization, counted by mmengine's Runner."""
+
+from typing import Any
+
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from torch import nn
+from torch.nn.modules.batchnorm import SyncBatchNorm
+
+from .arguments import check_int
+from .cbn import CBN
+from .window import suggested_window_size
+
+
+@HOOKS.register_module()
+class CBNBurnInHook(Hook):
+    """Trains CBN layers with k = 1 until burn-in is over (section 3.3: 3 epochs on COCO).
+
+    Early in training the weights change too fast for earlier iterations to be of use. Burn-in ends by the epoch or
+    iteration that the runner counts, so a run resumed after it does not burn in again, and one resumed within it ends
+    it where the uninterrupted run would have.
+
+    The hook also puts a number in the place of ``window_size='auto'``, logs once what it found, and writes the current
+    window length (the longest of all layers) into the training log as ``cbn_window``.
+
+    Args:
+        burn_in_epochs: Length of the burn-in in epochs.
+        burn_in_iters: Length of the burn-in in iterations. One of the two must be given.
+
+    Raises:
+        TypeError: A length that is not an int.
+        ValueError: None or both of the arguments, or a negative length.
+        RuntimeError: When training begins, if there is no CBN layer to burn in: none in the model, none left after
+            ``sync_bn`` converted them, or none in training mode; or if ``window_size='auto'`` finds no batch size.
+    """
+
+    def __init__(self, burn_in_epochs: int | None = None, burn_in_iters: int | None = None) -> None:
+        if (burn_in_epochs is None) == (burn_in_iters is None):
+            raise ValueError(
+                'CBNBurnInHook: one of burn_in_epochs and burn_in_iters must be given, '
+                f'got burn_in_epochs={burn_in_epochs} and burn_in_iters={burn_in_iters}'
+            )
+        self.by_epoch = burn_in_epochs is not None
+        self.length: int = burn_in_epochs if burn_in_epochs is not None else burn_in_iters  # type: ignore[assignment]
+        check_int('CBNBurnInHook', 'burn_in_epochs' if self.by_epoch else 'burn_in_iters', self.length, at_least=0)
+        self._layers: list[CBN] = []
+
+    def before_train(self, runner: Runner) -> None:
+        """Find the CBN layers and say what will happen to them."""
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        # As the training loop will do next; which layers norm_eval and frozen_stages leave in training is known then.
+        model.train()
+        found = [module for module in model.modules() if isinstance(module, CBN)]
+        self._layers = [layer for layer in found if layer.training]
+        if not self._layers:
+            raise RuntimeError(f'CBNBurnInHook: {_why_there_is_none(found, model, runner.cfg)}')
+        for layer in found:
+            if layer.window_size == 'auto':
+                layer.window_size = suggested_window_size(_images_per_gpu(runner.train_dataloader))
+        self._announce(runner, frozen=len(found) - len(self._layers))
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        """Put every layer into or out of burn-in."""
+        burn_in = self._done(runner) < self.length
+        for layer in self._layers:
+            layer.burn_in = burn_in
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
+    ) -> None:
+        """Put the window length into the log."""
+        runner.message_hub.update_scalar('train/cbn_window', max(layer.window_length for layer in self._layers))
+
+    def _done(self, runner: Runner) -> int:
+        return runner.epoch if self.by_epoch else runner.iter
+
+    def _announce(self, runner: Runner, frozen: int) -> None:
+        unit, total = ('epoch', runner.max_epochs) if self.by_epoch else ('iteration', runner.max_iters)
+        sizes = ', '.join(str(size) for size in sorted({layer.window_size for layer in self._layers}))
+        orders = ', '.join(str(order) for order in sorted({layer.order for layer in self._layers}))
+        runner.logger.info(
+            f'CBN: {len(self._layers)} layers in training{f" ({frozen} more are frozen)" if frozen else ""}, '
+            f'window size {sizes}, order {orders}; '
+            f'burn-in {"ends" if self._done(runner) < self.length else "ended"} after {unit} {self.length}.'
+        )
+        if self.length >= total:
+            runner.logger.warning(
+                f'CBN: the burn-in of {self.length} {unit}s is as long as the training of {total}: '
+                'this run trains with BN.'
+            )
+
+
+def _images_per_gpu(dataloader: Any) -> int:
+    # A batch sampler of mmdet's own, as AspectRatioBatchSampler, leaves the dataloader without a batch size.
+    size = dataloader.batch_size or getattr(dataloader.batch_sampler, 'batch_size', None)
+    if not isinstance(size, int) or size < 1:
+        raise RuntimeError(
+            "CBNBurnInHook: window_size='auto' needs the number of images per GPU, but neither train_dataloader nor "
+            f'its batch_sampler has a batch_size (an int >= 1), got {size!r}. Give window_size as a number instead.'
+        )
+    return size
+
+
+def _why_there_is_none(found: list[CBN], model: nn.Module, cfg: Any) -> str:
+    if found:
+        return (
+            f'all {len(found)} CBN layers of the model are frozen (norm_eval or frozen_stages), so there is nothing to '
+            'burn in. Set norm_eval=False or give other parts of the model the CBN norm_cfg, or take out the hook.'
+        )
+    if cfg.get('sync_bn') is not None and any(_is_sync_bn(module) for module in model.modules()):
+        return (
+            f'the model has no CBN layers: sync_bn={cfg.sync_bn!r} turned every kind of BatchNorm, CBN too, into '
+            'SyncBN. Take sync_bn out of the config and name SyncBN in the norm_cfg of the layers that shall have it.'
+        )
+    return (
+        "the model has no CBN layers. Give its backbone, neck or heads norm_cfg=dict(type='CBN', requires_grad=True), "
+        'or take out the hook.'
+    )
+
+
+def _is_sync_bn(module: nn.Module) -> bool:
+    return isinstance(module, SyncBatchNorm) or type(module).__name__ == 'SyncBatchNorm'  # the latter is mmcv's own

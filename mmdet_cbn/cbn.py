@@ -1,0 +1,263 @@
+"""The normalizer: Cross-Iteration Batch Normalization (Yao et al., Cross-Iteration Batch Normalization)."""
+
+import sys
+from typing import Any, Literal
+
+import torch
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+from .arguments import check_int, check_real
+from .convolution import ConvCall, follow, is_followed, is_watched, take_call, unsupported_because, unwatch, watch
+from .normalization import WindowNorm
+from .statistics import (
+    CompensatedStatistics,
+    NaiveStatistics,
+    batch_statistics,
+    compensate,
+    statistics_gradients,
+    window_statistics,
+)
+from .window import Window
+
+
+@MODELS.register_module()
+class CBN(nn.BatchNorm2d):
+    """Batch normalization over the last k iterations, corrected for the change of the weights since then.
+
+    In training the mean and variance are those of the current batch and of the ``window_size - 1`` iterations before it
+    on the same GPU. The earlier ones are moved to the current weights of the convolution that feeds the layer by a
+    Taylor polynomial of first order (Eq. 7 to 12, Algorithm 1). The layer finds that convolution by itself:
+    ``norm(conv(x))`` is all that is needed.
+
+    Everything else is ``nn.BatchNorm2d``: evaluation, running statistics (of the current batch alone), parameters,
+    checkpoints, and training with ``window_size=1``, during burn-in, or on an empty input. The window is not saved:
+    after loading or resuming it fills anew.
+
+    Where the paper is silent: gradients of inf or NaN never come from the window, since an earlier iteration with such
+    statistics is left out of the average. A bias of the convolution cancels and receives no gradient. Statistics are
+    float32 or better, whatever the precision of the input. A layer that is called several times an iteration (a head
+    shared by the levels of an FPN) counts every call as an iteration. Double backward is not supported.
+
+    Args:
+        num_features: C of an input of [N, C, H, W].
+        eps: Added to the variance.
+        momentum: Weight of the current batch in the running statistics; None for their cumulative average.
+        affine: Whether to learn gamma and beta.
+        track_running_stats: Whether to keep running statistics.
+        window_size: The paper's k, the current iteration included. ``'auto'`` stands for
+            min(ceil(16 / images per GPU), 8) (section 4.3), which :class:`CBNBurnInHook` puts in from the train
+            dataloader.
+        order: 1 for the paper's compensation; 0 for none (Naive CBN), which needs no convolution.
+        device: Of parameters and buffers, as in torch.
+        dtype: Of parameters and buffers, as in torch.
+
+    Attributes:
+        burn_in (bool): While True, train as ``nn.BatchNorm2d`` (k = 1). :class:`CBNBurnInHook` sets it.
+        window_length (int): Over how many iterations the last training forward averaged; 0 before the first.
+
+    Shape:
+        [N, C, H, W] to [N, C, H, W].
+
+    Raises:
+        TypeError: An argument of the wrong type.
+        ValueError: An argument of a value that is not allowed; in training, one value a channel, as in torch.
+        RuntimeError: In the first training forward with ``order=1``, if no supported convolution feeds the layer; in
+            training with ``window_size='auto'``, if nothing has put in a number.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        window_size: int | Literal['auto'] = 4,
+        order: int = 1,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        check_int('CBN', 'num_features', num_features, at_least=1)
+        check_real('CBN', 'eps', eps, 'a number >= 0', lambda value: value >= 0)
+        if momentum is not None:
+            check_real('CBN', 'momentum', momentum, 'a number from 0 to 1 or None', lambda value: 0 <= value <= 1)
+        check_int('CBN', 'order', order, at_least=0)
+        if order > 1:
+            raise ValueError(f'CBN: order must be 0 (Naive CBN) or 1 (first-order compensation), got {order}')
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        self.order = order
+        self.window_size = window_size
+        self.burn_in = False
+        self.window_length = 0
+        self._knows_convolution = False
+        self._watch_if_needed()
+
+    @property
+    def window_size(self) -> int | Literal['auto']:
+        """The paper's k. Setting it empties the window."""
+        return self._window_size
+
+    @window_size.setter
+    def window_size(self, window_size: int | Literal['auto']) -> None:
+        if window_size != 'auto':
+            check_int('CBN', 'window_size', window_size, at_least=1, alternative=" or 'auto'")
+        self._window_size = window_size
+        self._window: Window = Window(0 if window_size == 'auto' else window_size - 1)
+        self._forget()
+
+    def extra_repr(self) -> str:
+        return f'{super().extra_repr()}, window_size={self.window_size!r}, order={self.order}'
+
+    def train(self, mode: bool = True) -> 'CBN':
+        super().train(mode)
+        self._watch_if_needed()
+        return self
+
+    def _watch_if_needed(self) -> None:
+        if self.training and self.order > 0 and self.window_size != 1 and not self._knows_convolution:
+            watch(self)
+        else:
+            unwatch(self)
+
+    def _forget(self) -> None:
+        self._window.clear()
+        # mu' and var' of the last forward, for the second run of a checkpointed block.
+        self._past: tuple[Tensor, Tensor] | None = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> 'CBN':
+        super()._apply(fn, recurse)
+        self._forget()  # the window stays behind on a move to another device or precision
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._forget()  # the window belongs to other weights
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize ``input``, the output of a convolution, [N, C, H, W]."""
+        if not self.training:
+            return super().forward(input)
+        if self.window_size == 'auto':
+            raise RuntimeError(
+                f"{self._title()} was built with window_size='auto', which CBNBurnInHook replaces by a number when "
+                "mmengine's Runner begins to train. Add dict(type='CBNBurnInHook', burn_in_epochs=3) to custom_hooks, "
+                'or set the window_size of the layer.'
+            )
+        if self.window_size == 1:
+            self.window_length = 1
+            return super().forward(input)
+        self._check_input_dim(input)
+        conv = self._feeding_convolution(input) if self.order > 0 else None
+        if input.numel() == 0:
+            return super().forward(input)
+        if self.burn_in or (self.order > 0 and conv is None):
+            self.window_length = 1
+            return super().forward(input)
+        return self._cross_iteration_forward(input, conv)
+
+    def _feeding_convolution(self, input: Tensor) -> ConvCall | None:
+        """The call of the convolution that made ``input``.
+
+        None if it is another one than before (someone replaced it), which will be known in the next forward.
+        """
+        taken = take_call(input)
+        if taken is None:
+            if not is_watched(self):
+                self._knows_convolution = False
+                self._forget()
+                watch(self)
+                return None
+            raise RuntimeError(
+                f'{self._title()} compensates for the change of the convolution that feeds it, but its input is not '
+                f'the output of a convolution that was called just before, unchanged. {self._remedy()}'
+            )
+        conv, conv_input = taken
+        reason = unsupported_because(conv)
+        if reason is not None:
+            raise RuntimeError(
+                f'{self._title()} cannot compensate for the change of the convolution that feeds it, because {reason}. '
+                f'{self._remedy()}'
+            )
+        if is_followed(conv):
+            if not self._knows_convolution:
+                self._knows_convolution = True
+                unwatch(self)
+        else:
+            follow(conv)
+        return ConvCall.of(conv, conv_input)  # type: ignore[arg-type]
+
+    def _cross_iteration_forward(self, input: Tensor, conv: ConvCall | None) -> Tensor:
+        positions = input.numel() // input.size(1)
+        if positions == 1:
+            raise ValueError(
+                f'{self._title()} expected more than 1 value per channel when training, got input size {input.size()}'
+            )
+        # A checkpointed block runs for a second time inside the backward pass; that is still the same iteration.
+        second_run = torch._C._current_graph_task_id() != -1
+        conv_bias = conv.bias if conv is not None else None
+
+        with torch.no_grad(), torch.autocast(input.device.type, enabled=False):
+            batch_mean, var = batch_statistics(input)
+            shift = conv_bias.to(batch_mean.dtype) if conv_bias is not None else 0
+            mean = batch_mean - shift
+            if not second_run:
+                self._past = self._past_statistics(conv)
+            if self._past is None:
+                window_mean, window_var, share = mean, var, torch.ones_like(mean)
+            else:
+                window_mean, window_var, share = window_statistics(mean, var, *self._past)
+            if not second_run:
+                self.window_length = 1 + len(self._window)
+                if conv is None:
+                    self._window.push(NaiveStatistics(mean, var))
+                else:
+                    self._window.push(CompensatedStatistics(mean, var, *statistics_gradients(input, batch_mean, conv)))
+                self._update_running_statistics(batch_mean, var * (positions / (positions - 1)))
+
+        return WindowNorm.apply(
+            input, self.weight, self.bias, conv_bias, window_mean + shift, window_var, share, self.eps
+        )
+
+    def _past_statistics(self, conv: ConvCall | None) -> tuple[Tensor, Tensor] | None:
+        """mu' and var' of the earlier iterations, [n, C] each; None if there are none."""
+        past = self._window.stacked()
+        if past is None:
+            return None
+        if conv is None:
+            return past.mean, past.var
+        return compensate(past, conv.weight, conv.groups)
+
+    def _update_running_statistics(self, mean: Tensor, unbiased_var: Tensor) -> None:
+        """As in BatchNorm: from the current batch alone, the variance unbiased."""
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            return
+        self.num_batches_tracked.add_(1)
+        for running, current in ((self.running_mean, mean), (self.running_var, unbiased_var)):
+            # The cumulative average divides on the device: a Python number would make the host wait for it.
+            weight = 1 / self.num_batches_tracked.to(running.dtype) if self.momentum is None else self.momentum
+            running.lerp_(current.to(running.dtype), weight)
+
+    def _remedy(self) -> str:
+        return (
+            "Use order=0 (Naive CBN), which needs no convolution, or type='BN', in the norm_cfg of this layer; "
+            'or call the layer as norm(conv(x)) with a torch.nn.Conv2d.'
+        )
+
+    def _title(self) -> str:
+        return f"CBN layer '{_qualified_name(self)}' ({self})"
+
+
+def _qualified_name(layer: nn.Module) -> str:
+    """The name of ``layer`` in the outermost module that is being called, found on the call stack.
+
+    For error messages: a module does not know its own name.
+    """
+    name = type(layer).__name__
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        caller = frame.f_locals.get('self')
+        if isinstance(caller, nn.Module) and caller is not layer:
+            name = next((key for key, module in caller.named_modules() if module is layer), name)
+    return name

@@ -1,0 +1,51 @@
+"""The versions of torch and of the OpenMMLab packages that this package runs with.
+
+setup.py makes its extras from this table (so nothing but the standard library is imported here), and
+``import mmdet_cbn`` holds what is installed against it.
+"""
+
+import importlib
+import re
+
+# Import name: (first supported version, first version no longer supported).
+SUPPORTED = {
+    'torch': ('2.6', '3'),
+    'mmengine': ('0.10', '1'),
+    'mmcv': ('2.1', '3'),
+    'mmdet': ('3.3', '4'),
+}
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """The leading numbers of a version: ``'2.13.0+cpu'`` gives ``(2, 13, 0)``, ``'3.0.0rc1'`` gives ``(3, 0, 0)``."""
+    return tuple(int(number) for number in re.match(r'\d+(\.\d+)*', version)[0].split('.'))  # type: ignore[index]
+
+
+def wanted(name: str) -> str:
+    """The supported versions of package ``name`` as a requirement, e.g. ``'torch>=2.6,<3'``."""
+    first, end = SUPPORTED[name]
+    return f'{name}>={first},<{end}'
+
+
+def check_installed() -> None:
+    """Import every package of :data:`SUPPORTED` and compare its version.
+
+    Raises:
+        ImportError: A package is missing, does not load, or is of an unsupported version. The message names all that
+            is wrong, with the versions wanted.
+    """
+    wrong = []
+    for name, (first, end) in SUPPORTED.items():
+        try:
+            version = importlib.import_module(name).__version__
+        except (ImportError, AssertionError) as error:  # mmdet asserts the versions of mmcv and mmengine on import
+            wrong.append(f'{wanted(name)} (importing {name} failed: {error})')
+        else:
+            if not _release(first) <= _release(version) < _release(end):
+                wrong.append(f'{wanted(name)} (installed: {version})')
+    if wrong:
+        raise ImportError(
+            'mmdet_cbn needs ' + '; '.join(wrong) + '. mmcv, mmengine and mmdet come with '
+            'pip install "mmdet-cbn[openmmlab]", or their maintained forks with pip install "mmdet-cbn[onedl]"; '
+            'the README tells how to install an mmcv with its operators.'
+        )

@@ -1,0 +1,170 @@
+"""The mathematics of Cross-Iteration Batch Normalization as pure functions of tensors.
+
+Eq. and Appendix numbers are those of the paper (Yao et al., Cross-Iteration Batch Normalization). Symbols:
+
+- x: the output of the convolution that feeds the layer, without the bias of the convolution (which cancels, as it does
+  before any batch normalization); theta: the weight of that convolution; p: the patch of its input under the kernel at
+  one position, so that x_j = theta_j . p in output channel j;
+- mu, var: mean and biased variance of x over the m = N * H * W positions of one iteration (Eq. 2 and 3);
+- tau: an earlier iteration, t: the current one, delta = theta_t - theta_tau.
+
+The paper keeps nu = E[x^2] and its gradient; kept here are var and its gradient, the centred form of the same. With
+a = dmu/dtheta . delta and c = dvar/dtheta . delta, Eq. 7, 8 and 10 become::
+
+    mu'_tau  = mu_tau + a
+    nu'_tau  = nu_tau + dnu/dtheta . delta = var_tau + mu_tau^2 + c + 2 mu_tau a
+    var'_tau = max(nu'_tau, mu'_tau^2) - mu'_tau^2 = max(var_tau + c - a^2, 0)
+
+and Eq. 9 and 11 become the mean of mu' and the mean of var' plus the variance of mu' over the window. That is equal to
+the paper in exact arithmetic, and no large numbers cancel where the mean is much larger than the deviation.
+
+All statistics are float32, or float64 where x is. The functions are not meant to be differentiated: call them under
+torch.no_grad().
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.grad import conv2d_weight
+
+from .convolution import ConvCall
+
+
+class CompensatedStatistics(NamedTuple):
+    """What the window keeps of one iteration tau for first-order compensation (stacked: with a leading axis of n)."""
+
+    mean: Tensor  #: mu_tau, [C_out]
+    var: Tensor  #: var_tau, [C_out]
+    mean_grad: Tensor  #: dmu_j / dtheta_j = E[p] (Eq. 15): the same for all j of a group, [C_in, kh, kw]
+    var_grad: Tensor  #: dvar_j / dtheta_j, [C_out, C_in / groups, kh, kw]
+    mean_product: Tensor  #: dmu/dtheta . theta_tau, [C_out]; stands in for theta_tau, which nobody needs besides
+    var_product: Tensor  #: dvar/dtheta . theta_tau, [C_out]
+
+
+class NaiveStatistics(NamedTuple):
+    """What the window keeps of one iteration without compensation (order 0, Naive CBN)."""
+
+    mean: Tensor  #: mu_tau, [C_out]
+    var: Tensor  #: var_tau, [C_out]
+
+
+def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance over batch and positions (Eq. 2 and 3).
+
+    Args:
+        x: [N, C, H, W], not empty.
+
+    Returns:
+        Mean [C] and variance [C].
+    """
+    if x.is_cpu:
+        # The statistics kernel of BatchNorm itself, about three times as fast on the CPU as torch.var_mean; it
+        # returns the precision of the running statistics that it is given.
+        ignored = x.new_zeros(x.size(1), dtype=statistics_dtype(x))
+        mean, var = torch.ops.aten.batch_norm_update_stats(x, ignored, ignored.clone(), 0.0)
+        return mean, var
+    var, mean = torch.var_mean(x.to(statistics_dtype(x)), dim=(0, 2, 3), correction=0)
+    return mean, var
+
+
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    """The precision of the statistics of ``x``: float32, or float64 for a float64 ``x``."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def statistics_gradients(x: Tensor, mean: Tensor, conv: ConvCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of the current iteration's statistics in theta_t (Appendix B).
+
+    Args:
+        x: Output of the convolution, bias included, [N, C_out, H, W].
+        mean: Mean of ``x``, bias included, [C_out], in the precision of the statistics.
+        conv: The call that made ``x``.
+
+    Returns:
+        The last four members of :class:`CompensatedStatistics`.
+    """
+    positions = x.numel() // x.size(1)
+    inputs = conv.input.to(mean.dtype)
+    theta = conv.weight.to(mean.dtype)
+
+    mean_grad = _input_sums(inputs, x, conv) / positions
+    # dvar_j / dtheta_j = 2 E[(x_j - mu_j) p] is the weight gradient of the convolution for the output gradient
+    # 2 (x - mu) / m; the factor comes last, lest that gradient become tiny.
+    var_grad = conv2d_weight(
+        inputs, list(theta.shape), x - mean.view(-1, 1, 1), conv.stride, conv.padding, conv.dilation, conv.groups
+    ) * (2 / positions)
+    mean_product, var_product = _products(mean_grad.unsqueeze(0), var_grad.unsqueeze(0), theta, conv.groups)
+    return mean_grad, var_grad, mean_product.squeeze(0), var_product.squeeze(0)
+
+
+def _input_sums(inputs: Tensor, x: Tensor, conv: ConvCall) -> Tensor:
+    """Sum of the patches p over batch and positions, [C_in, kh, kw].
+
+    Kernel element (u, v) sees a rectangular grid of the rows and columns of the zero-padded input. Which ones are 0/1
+    matrices [kh, H] and [kw, W]; two small products with the input, summed over the batch, give all elements at once.
+    """
+    rows, columns = (
+        _seen(inputs.size(axis), x.size(axis), conv.weight.size(axis), s, p, d, inputs)
+        for axis, s, p, d in zip((2, 3), conv.stride, conv.padding, conv.dilation, strict=True)
+    )
+    return rows @ inputs.sum(dim=0) @ columns.T
+
+
+def _seen(size: int, out_size: int, kernel: int, stride: int, padding: int, dilation: int, like: Tensor) -> Tensor:
+    """[kernel, size]: 1 where the kernel element lies on the input element for one of the output positions, else 0."""
+    element = torch.arange(kernel, device=like.device).unsqueeze(1) * dilation
+    offset = torch.arange(size, device=like.device) + padding - element  # = position * stride where seen
+    return ((offset >= 0) & (offset <= (out_size - 1) * stride) & (offset % stride == 0)).to(like.dtype)
+
+
+def _products(mean_grad: Tensor, var_grad: Tensor, theta: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """dmu/dtheta . theta and dvar/dtheta . theta of n iterations, [n, C_out] each."""
+    n, channels = len(mean_grad), len(theta)
+    by_mean = torch.einsum(
+        'ngd,gcd->ngc', mean_grad.reshape(n, groups, -1), theta.reshape(groups, channels // groups, -1)
+    )
+    by_var = torch.einsum('ncd,cd->nc', var_grad.reshape(n, channels, -1), theta.reshape(channels, -1))
+    return by_mean.reshape(n, channels), by_var
+
+
+def compensate(past: CompensatedStatistics, weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Statistics of earlier iterations under the current weights (Eq. 7, 8 and the maximum of Eq. 10).
+
+    Args:
+        past: Statistics of n earlier iterations, stacked.
+        weight: theta_t, [C_out, C_in / groups, kh, kw].
+        groups: Groups of the convolution.
+
+    Returns:
+        mu' and var' of each earlier iteration, [n, C_out] each.
+    """
+    theta = weight.to(past.mean.dtype)
+    mean_product, var_product = _products(past.mean_grad, past.var_grad, theta, groups)
+    mean_change = mean_product - past.mean_product
+    var_change = var_product - past.var_product
+    return past.mean + mean_change, (past.var + var_change - mean_change.square()).clamp(min=0)
+
+
+def window_statistics(mean: Tensor, var: Tensor, past_mean: Tensor, past_var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Statistics over the window (Eq. 9 to 11).
+
+    An earlier iteration whose statistics are inf or NaN is left out of the average of that channel: one bad batch must
+    not spoil the k - 1 that follow it.
+
+    Args:
+        mean: mu of the current iteration, [C].
+        var: var of the current iteration, [C].
+        past_mean: mu' of the n earlier iterations, [n, C].
+        past_var: var' of the n earlier iterations, [n, C].
+
+    Returns:
+        Mean [C], biased variance [C], and the share [C] that the current iteration has in them: 1 / (n + 1), more where
+        earlier iterations were left out.
+    """
+    valid = torch.isfinite(past_mean) & torch.isfinite(past_var)
+    share = 1 / (valid.sum(dim=0) + 1).to(mean.dtype)
+    window_mean = (mean + past_mean.where(valid, 0).sum(dim=0)) * share
+    spread = (mean - window_mean).square() + (past_mean - window_mean).square().where(valid, 0).sum(dim=0)
+    window_var = (var + past_var.where(valid, 0).sum(dim=0) + spread) * share
+    return window_mean, window_var, share

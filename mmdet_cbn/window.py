@@ -1,0 +1,71 @@
+"""The window: the statistics of the last k - 1 iterations, in a ring of preallocated tensors."""
+
+from math import ceil
+from typing import Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+Statistics = TypeVar('Statistics', bound=NamedTuple)
+
+
+class Window(Generic[Statistics]):
+    """The statistics of the most recent iterations, oldest overwritten first.
+
+    All iterations count alike in the average (Eq. 9 and 10), so the ring is read as it lies, in no order of time.
+
+    The window is no part of a state dict. It starts afresh by itself where what comes in does not fit what is there: on
+    another device, in another precision, of another shape.
+
+    Args:
+        capacity: How many iterations to keep, k - 1.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything, memory included."""
+        self._ring: Statistics | None = None
+        self._next = 0
+        self._length = 0
+
+    def __len__(self) -> int:
+        """How many iterations are there."""
+        return self._length
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return 0 if self._ring is None else sum(tensor.nbytes for tensor in self._ring)
+
+    def push(self, statistics: Statistics) -> None:
+        """Keep the statistics of one more iteration, a named tuple of tensors, in place of the oldest if full."""
+        if not self._fits(statistics):
+            self.clear()
+            self._ring = type(statistics)(*(t.new_empty(self.capacity, *t.shape) for t in statistics))
+        slots = [slots.select(0, self._next) for slots in self._ring]  # type: ignore[union-attr]
+        torch._foreach_copy_(slots, list(statistics))  # one launch for all, on a GPU
+        self._next = (self._next + 1) % self.capacity
+        self._length = min(self._length + 1, self.capacity)
+
+    def stacked(self) -> Statistics | None:
+        """All iterations as one named tuple of tensors with a leading axis of ``len(self)``; None if there are none."""
+        if self._ring is None:
+            return None
+        return type(self._ring)(*(slots.narrow(0, 0, self._length) for slots in self._ring))
+
+    def _fits(self, statistics: Statistics) -> bool:
+        return type(self._ring) is type(statistics) and all(
+            _kind(slots.select(0, 0)) == _kind(tensor) for slots, tensor in zip(self._ring, statistics, strict=True)
+        )
+
+
+def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return tensor.shape, tensor.dtype, tensor.device
+
+
+def suggested_window_size(images_per_gpu: int) -> int:
+    """The paper's k = min(ceil(16 / images per GPU), 8) (section 4.3): 16 images, but no more than 8 iterations."""
+    return min(ceil(16 / images_per_gpu), 8)

@@ -1,0 +1,161 @@
+"""Burn-in follows the runner's count, across resumes, and never passes over a model without CBN in silence."""
+
+import logging
+
+import pytest
+import torch
+from mmengine.dataset import DefaultSampler
+from mmengine.model import BaseModel, convert_sync_batchnorm
+from mmengine.runner import Runner
+from torch import nn
+
+from mmdet_cbn import CBN, CBNBurnInHook
+
+
+class Net(BaseModel):
+    """Four images an epoch are four iterations; notes the window lengths of each."""
+
+    def __init__(self, norm=None):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.norm = norm or CBN(4, window_size=3)
+        self.lengths = []
+
+    def forward(self, inputs, mode='tensor'):
+        y = self.norm(self.conv(torch.stack(inputs)))
+        self.lengths.append(getattr(self.norm, 'window_length', None))
+        return dict(loss=y.square().sum() + y.sum())
+
+
+class FrozenNet(Net):
+    def train(self, mode=True):
+        super().train(mode)
+        self.norm.eval()
+        return self
+
+
+def runner_for(tmp_path, model, hook, epochs=4, batch_size=1, **kwargs):
+    images = [dict(inputs=torch.randn(3, 6, 6)) for _ in range(4)]
+    return Runner(
+        model=model,
+        work_dir=str(tmp_path),
+        train_dataloader=dict(
+            dataset=images,
+            batch_size=batch_size,
+            sampler=dict(type=DefaultSampler, shuffle=False),
+            collate_fn=dict(type='pseudo_collate'),
+        ),
+        train_cfg=dict(by_epoch=True, max_epochs=epochs),
+        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01)),
+        default_hooks=dict(logger=dict(type='LoggerHook', interval=1)),
+        custom_hooks=[hook],
+        experiment_name=f'{tmp_path.name}-{id(model)}',
+        **kwargs,
+    )
+
+
+EPOCHS = dict(type='CBNBurnInHook', burn_in_epochs=2)
+ITERS = dict(type='CBNBurnInHook', burn_in_iters=6)
+
+
+@pytest.mark.parametrize(
+    ('hook', 'lengths'),
+    [
+        (EPOCHS, [1] * 8 + [1, 2, 3, 3, 3, 3, 3, 3]),
+        (ITERS, [1] * 6 + [1, 2, 3, 3, 3, 3, 3, 3, 3, 3]),
+        (dict(type='CBNBurnInHook', burn_in_epochs=0), [1, 2, 3] + [3] * 13),
+    ],
+)
+def test_the_window_is_one_until_burn_in_is_over_and_then_fills(tmp_path, hook, lengths):
+    model = Net()
+    runner_for(tmp_path, model, hook).train()
+    assert model.lengths == lengths
+
+
+@pytest.mark.parametrize(('hook', 'burn_in_iters'), [(EPOCHS, 8), (ITERS, 6)])
+@pytest.mark.parametrize('stop_after', [1, 2, 3])
+def test_a_resumed_run_ends_burn_in_where_the_uninterrupted_one_does(tmp_path, hook, burn_in_iters, stop_after):
+    runner_for(tmp_path, Net(), hook, epochs=stop_after).train()
+    model = Net()
+    runner = runner_for(tmp_path, model, hook, resume=True)
+    runner.train()
+    done = 4 * stop_after
+    burning = max(burn_in_iters - done, 0)
+    after = 16 - done - burning
+    assert model.lengths == [1] * burning + [min(i, 3) for i in range(1, after + 1)]
+
+
+def test_the_training_log_has_the_window_length(tmp_path):
+    runner = runner_for(tmp_path, Net(), EPOCHS)
+    runner.train()
+    log = runner.message_hub.get_scalar('train/cbn_window').data[0]
+    assert log.tolist() == [1] * 9 + [2] + [3] * 6
+    assert 'cbn_window: 3' in next(tmp_path.glob('*/*.log')).read_text()
+
+
+def test_it_says_once_what_it_found(tmp_path, caplog):
+    runner = runner_for(tmp_path, Net(), EPOCHS)
+    runner.train()
+    log = next(tmp_path.glob('*/*.log')).read_text()
+    assert log.count('CBN: 1 layers in training, window size 3, order 1; burn-in ends after epoch 2.') == 1
+
+
+def test_burn_in_as_long_as_training_is_a_warning(tmp_path):
+    runner = runner_for(tmp_path, Net(), EPOCHS, epochs=2)
+    runner.train()
+    log = next(tmp_path.glob('*/*.log')).read_text()
+    assert logging.getLevelName(logging.WARNING) in log
+    assert 'the burn-in of 2 epochs is as long as the training of 2' in log
+
+
+@pytest.mark.parametrize(('batch_size', 'window_size'), [(1, 8), (2, 8), (3, 6), (4, 4)])
+def test_auto_is_the_papers_rule(tmp_path, batch_size, window_size):
+    model = Net(CBN(4, window_size='auto'))
+    runner_for(tmp_path, model, EPOCHS, epochs=1, batch_size=batch_size).train()
+    assert model.norm.window_size == window_size
+
+
+def test_auto_without_a_batch_size_is_an_error(tmp_path):
+    model = Net(CBN(4, window_size='auto'))
+    runner = runner_for(tmp_path, model, EPOCHS)
+    dataset = [torch.randn(3, 6, 6)]
+    runner._train_dataloader = torch.utils.data.DataLoader(dataset, batch_size=None)
+    with pytest.raises(RuntimeError, match="window_size='auto' needs the number of images per GPU"):
+        runner.train()
+
+
+@pytest.mark.parametrize(
+    ('model', 'config', 'message'),
+    [
+        (lambda: Net(nn.BatchNorm2d(4)), {}, 'the model has no CBN layers. Give its backbone, neck or heads norm_cfg'),
+        (lambda: FrozenNet(), {}, 'all 1 CBN layers of the model are frozen'),
+        (
+            lambda: convert_sync_batchnorm(Net(), 'torch'),
+            dict(sync_bn='torch'),
+            "sync_bn='torch' turned every kind of BatchNorm, CBN too, into SyncBN",
+        ),
+    ],
+)
+def test_a_model_without_active_cbn_layers_is_an_error(tmp_path, model, config, message, monkeypatch):
+    net = model()
+    # Outside of a multi-process run mmengine would turn the SyncBN back into BN.
+    monkeypatch.setattr('mmengine.runner.runner.revert_sync_batchnorm', lambda model: model)
+    runner = runner_for(tmp_path, net, EPOCHS, cfg=config)
+    with pytest.raises(RuntimeError, match=message):
+        runner.train()
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'error', 'message'),
+    [
+        ({}, ValueError, 'one of burn_in_epochs and burn_in_iters must be given'),
+        (dict(burn_in_epochs=1, burn_in_iters=1), ValueError, 'burn_in_epochs=1 and burn_in_iters=1'),
+        (dict(burn_in_epochs=-1), ValueError, 'burn_in_epochs must be an int >= 0, got -1'),
+        (dict(burn_in_iters=1.5), TypeError, 'burn_in_iters must be an int >= 0, got 1.5 of type float'),
+        (dict(burn_in_epochs='3'), TypeError, "burn_in_epochs must be an int >= 0, got '3' of type str"),
+        (dict(burn_in_iters=True), TypeError, 'burn_in_iters must be an int >= 0, got True'),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, error, message):
+    with pytest.raises(error, match=message):
+        CBNBurnInHook(**arguments)

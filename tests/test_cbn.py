@@ -1,0 +1,519 @@
+"""The layer is the paper's method, and where it is not in training, it is nn.BatchNorm2d."""
+
+import copy
+import pickle
+from itertools import pairwise
+
+import pytest
+import torch
+from mmcv.cnn import ConvModule, build_norm_layer, fuse_conv_bn
+from mmdet.models.backbones.resnet import BasicBlock, Bottleneck
+from oracle import OracleCBN
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from mmdet_cbn import CBN
+
+CONVOLUTIONS = {
+    '1x1': dict(kernel_size=1),
+    '3x3 padded': dict(kernel_size=3, padding=1),
+    '3x3 stride 2': dict(kernel_size=3, padding=1, stride=2),
+    '5x5': dict(kernel_size=5, padding=2),
+    '1x1 stride 2': dict(kernel_size=1, stride=2),
+    '3x3 dilated': dict(kernel_size=3, padding=2, dilation=2),
+    '3x5 uneven': dict(kernel_size=(3, 5), padding=(0, 3), stride=(2, 1), dilation=(1, 2)),
+    'groups': dict(kernel_size=3, padding=1, groups=2),
+    'depthwise': dict(kernel_size=3, padding=1, groups=4),
+    'bias': dict(kernel_size=3, padding=1, bias=True),
+    'groups and bias': dict(kernel_size=3, stride=2, groups=2, bias=True),
+    'wide padding': dict(kernel_size=3, padding=3, stride=3),
+}
+
+
+def conv_and_norm(seed=0, dtype=torch.float64, conv=CONVOLUTIONS['3x3 padded'], **norm_args):
+    torch.manual_seed(seed)
+    norm = CBN(4, **norm_args)
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    nn.init.normal_(norm.bias)
+    return nn.Sequential(nn.Conv2d(4, 4, **{'bias': False, **conv}), norm).to(dtype)
+
+
+def batches(count, seed=1, shape=(2, 4, 9, 7), dtype=torch.float64):
+    """Inputs whose mean and scale differ from batch to batch and are far from those of normalized data."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        scale, mean = 0.5 + 2 * torch.rand(2, generator=generator)
+        yield torch.randn(shape, generator=generator, dtype=dtype) * scale + mean
+
+
+def loss_of(y):
+    """A loss whose gradient is different everywhere and not constant in y."""
+    weight = torch.arange(y.numel(), dtype=y.dtype).view_as(y).sin()
+    return (weight * y + 0.1 * y**2).sum() / len(y)
+
+
+@pytest.mark.parametrize('order', [0, 1])
+@pytest.mark.parametrize('name', CONVOLUTIONS)
+def test_output_and_gradients_are_the_oracles_over_sgd_steps(name, order):
+    model = conv_and_norm(conv=CONVOLUTIONS[name], window_size=3, order=order)
+    conv, norm = model
+    oracle = OracleCBN(3, order, stride=conv.stride, padding=conv.padding, dilation=conv.dilation, groups=conv.groups)
+    if order == 0:
+        conv.bias = None  # without compensation the layer does not know the bias
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, weight_decay=1e-3)
+    for step, x in enumerate(batches(6)):
+        x.requires_grad_()
+        y = model(x)
+        optimizer.zero_grad()
+        loss_of(y).backward()
+
+        leaves = [t.detach().clone().requires_grad_() for t in (x, conv.weight, norm.weight, norm.bias)]
+        expected = oracle(*leaves)
+        gradients = torch.autograd.grad(loss_of(expected), leaves)
+
+        assert norm.window_length == min(step + 1, 3)
+        torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-9)
+        for actual, gradient in zip((x, conv.weight, norm.weight, norm.bias), gradients, strict=True):
+            torch.testing.assert_close(actual.grad, gradient, rtol=1e-8, atol=1e-9)
+        if conv.bias is not None:
+            torch.testing.assert_close(conv.bias.grad, torch.zeros_like(conv.bias), rtol=0, atol=1e-10)
+        optimizer.step()
+
+
+def test_float32_is_close_to_the_oracle():
+    model = conv_and_norm(dtype=torch.float32, window_size=4)
+    oracle = OracleCBN(4, padding=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    for x in batches(6, dtype=torch.float32):
+        y = model(x)
+        expected = oracle(x.double(), *(p.detach().double() for p in (model[0].weight, model[1].weight, model[1].bias)))
+        torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-5)
+        optimizer.zero_grad()
+        loss_of(y).backward()
+        optimizer.step()
+
+
+def test_a_mean_far_larger_than_the_deviation_does_not_cancel_in_float32():
+    model = conv_and_norm(dtype=torch.float32, conv=dict(kernel_size=1), window_size=3)
+    oracle = OracleCBN(3)
+    for x in batches(4):
+        x = x + 300
+        y = model(x.float())
+        expected = oracle(x.float().double(), *(p.detach().double() for p in (model[0].weight, *model[1].parameters())))
+        torch.testing.assert_close(y.double(), expected, rtol=1e-2, atol=1e-2)
+        with torch.no_grad():
+            model[0].weight.mul_(1.001)
+
+
+def test_invalid_old_statistics_are_replaced_as_in_eq_10():
+    """A step so large that first order predicts a negative variance."""
+    model = conv_and_norm(window_size=2)
+    oracle = OracleCBN(2, padding=1)
+    first, second = batches(2)
+    model(first)
+    oracle(first, model[0].weight, model[1].weight, model[1].bias)
+    with torch.no_grad():
+        model[0].weight.mul_(-1.5)
+    y = model(second)
+    assert (model[1]._past[1] == 0).all(), 'the step was meant to make the prediction invalid'
+    torch.testing.assert_close(y, oracle(second, model[0].weight, model[1].weight, model[1].bias))
+
+
+def test_window_size_1_is_batchnorm():
+    model = conv_and_norm(window_size=1)
+    reference = nn.Sequential(copy.deepcopy(model[0]), nn.BatchNorm2d(4).double())
+    reference.load_state_dict(model.state_dict())
+    for x in batches(3):
+        results = []
+        for net in (model, reference):
+            inputs = x.clone().requires_grad_()
+            y = net(inputs)
+            results.append([y, *torch.autograd.grad(loss_of(y), [inputs, *net.parameters()]), *net.buffers()])
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+        assert model[1].window_length == 1
+
+
+def test_burn_in_is_batchnorm_and_the_window_fills_by_one_afterwards():
+    model = conv_and_norm(window_size=3)
+    reference = nn.Sequential(copy.deepcopy(model[0]), nn.BatchNorm2d(4).double())
+    reference.load_state_dict(model.state_dict())
+    model[1].burn_in = True
+    for x in batches(2):
+        assert torch.equal(model(x), reference(x))
+        assert model[1].window_length == 1
+    model[1].burn_in = False
+    lengths = []
+    for x in batches(5):
+        model(x)
+        lengths.append(model[1].window_length)
+    assert lengths == [1, 2, 3, 3, 3]
+
+
+@pytest.mark.parametrize('momentum', [0.1, 0.7, None])
+def test_running_statistics_are_batchnorms(momentum):
+    model = conv_and_norm(window_size=4, momentum=momentum)
+    reference = nn.BatchNorm2d(4, momentum=momentum).double()
+    for x in batches(5):
+        model(x)
+        reference(model[0](x))
+        for actual, expected in zip(model[1].buffers(), reference.buffers(), strict=True):
+            torch.testing.assert_close(actual, expected)
+
+
+def test_without_running_statistics_evaluation_uses_the_batch_as_batchnorm_does():
+    model = conv_and_norm(window_size=3, track_running_stats=False)
+    for x in batches(3):
+        model(x)
+    reference = nn.BatchNorm2d(4, track_running_stats=False).double().eval()
+    reference.load_state_dict(model[1].state_dict())
+    model.eval()
+    assert torch.equal(model(x), reference(model[0](x)))
+
+
+def test_without_affine_parameters():
+    model = conv_and_norm(window_size=3)
+    plain = nn.Sequential(copy.deepcopy(model[0]), CBN(4, affine=False, window_size=3)).double()
+    nn.init.ones_(model[1].weight)
+    nn.init.zeros_(model[1].bias)
+    for x in batches(4):
+        torch.testing.assert_close(plain(x), model(x))
+    loss_of(plain(x)).backward()
+    loss_of(model(x)).backward()
+    torch.testing.assert_close(plain[0].weight.grad, model[0].weight.grad)
+
+
+def test_evaluation_is_batchnorms_bit_for_bit_and_leaves_the_window_alone():
+    model = conv_and_norm(window_size=3)
+    for x in batches(3):
+        model(x)
+    reference = nn.BatchNorm2d(4).double().eval()
+    reference.load_state_dict(model[1].state_dict())
+    before = [t.clone() for t in model[1]._window.stacked()]
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(model(x), reference(model[0](x)))
+    assert all(torch.equal(a, b) for a, b in zip(before, model[1]._window.stacked(), strict=True))
+    assert CBN.forward is not nn.BatchNorm2d.forward and model[1].window_length == 3
+    model.train()
+    model(x)
+    assert model[1].window_length == 3
+
+
+def test_checkpoints_are_batchnorms_in_both_directions():
+    model = conv_and_norm(window_size=3)
+    for x in batches(3):
+        model(x)
+    bn = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)).double()
+    assert list(model.state_dict()) == list(bn.state_dict())
+    bn.load_state_dict(model.state_dict(), strict=True)
+    torch.testing.assert_close(bn.eval()(x), model.eval()(x))
+    model.train()
+    model.load_state_dict(bn.state_dict(), strict=True)
+    model(x)
+    assert model[1].window_length == 1, 'the window of other weights must not be used'
+
+
+def test_mmcv_fuses_it_into_the_convolution():
+    model = nn.Sequential()
+    model.conv, model.bn = conv_and_norm(window_size=3, conv=dict(kernel_size=3, bias=True))
+    for x in batches(4):
+        model(x)
+    model.eval()
+    expected = model(x)
+    fused = fuse_conv_bn(copy.deepcopy(model))
+    assert not any(isinstance(m, CBN) for m in fused.modules())
+    torch.testing.assert_close(fused(x), expected)
+
+
+def test_build_norm_layer_builds_it_like_a_batchnorm():
+    name, layer = build_norm_layer(dict(type='CBN', requires_grad=False, window_size=2, order=0), 8, postfix=1)
+    assert name == 'bn1' and isinstance(layer, CBN) and isinstance(layer, nn.BatchNorm2d)
+    assert (layer.window_size, layer.order, layer.eps) == (2, 0, 1e-5)
+    assert not any(p.requires_grad for p in layer.parameters())
+    assert 'window_size=2, order=0' in repr(layer)
+
+
+class TorchvisionStyle(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(4, 8, 3, bias=False), CBN(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, bias=False), CBN(8)
+
+    def forward(self, x):
+        x = self.bn1(self.conv1(x)).relu()
+        return self.bn2(self.conv2(x))
+
+
+NORM_CFG = dict(type='CBN', requires_grad=True)
+STRUCTURES = {
+    'ConvModule': lambda: ConvModule(4, 8, 3, norm_cfg=NORM_CFG),
+    'ConvModule with bias': lambda: ConvModule(4, 8, 3, norm_cfg=NORM_CFG, bias=True),
+    'ConvModule with reflect padding': lambda: ConvModule(
+        4, 8, 3, padding=1, norm_cfg=NORM_CFG, padding_mode='reflect'
+    ),
+    'BasicBlock': lambda: BasicBlock(4, 4, norm_cfg=NORM_CFG),
+    'Bottleneck': lambda: Bottleneck(4, 1, norm_cfg=NORM_CFG),
+    'downsample': lambda: BasicBlock(
+        4, 8, 2, norm_cfg=NORM_CFG, downsample=nn.Sequential(nn.Conv2d(4, 8, 1, 2, bias=False), CBN(8))
+    ),
+    'torchvision style': TorchvisionStyle,
+    'padding same': lambda: nn.Sequential(nn.Conv2d(4, 8, (2, 3), padding='same'), CBN(8)),
+    'padding valid': lambda: nn.Sequential(nn.Conv2d(4, 8, 3, padding='valid'), CBN(8)),
+    'circular padding': lambda: nn.Sequential(nn.Conv2d(4, 8, 3, padding=1, padding_mode='circular'), CBN(8)),
+}
+
+
+def norm_calls(model, inputs):
+    """(conv, norm, mean of what the norm was given) of every norm(conv(x)) in one forward."""
+    outputs, found = [], []
+
+    def after_conv(conv, args, output):
+        outputs.append((output, conv))
+
+    def before_norm(norm, args):
+        conv = next(conv for output, conv in outputs if output is args[0])
+        found.append((conv, norm, args[0].mean((0, 2, 3))))
+
+    handles = [m.register_forward_hook(after_conv) for m in model.modules() if isinstance(m, nn.Conv2d)]
+    handles += [m.register_forward_pre_hook(before_norm) for m in model.modules() if isinstance(m, CBN)]
+    model(inputs)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@pytest.mark.parametrize('name', STRUCTURES)
+def test_every_layer_finds_its_convolution_and_predicts_its_change(name):
+    """The prediction of the mean is exact in the layer's own weights. So if one convolution changes and the same batch
+    comes again, the norm that it feeds must predict the new mean, which shows that it found this convolution and its
+    input."""
+    torch.manual_seed(0)
+    model = STRUCTURES[name]().double()
+    inputs = torch.randn(2, 4, 12, 12, dtype=torch.float64) + 1
+    calls = norm_calls(model, inputs)
+    assert {norm for _, norm, _ in calls} == {m for m in model.modules() if isinstance(m, CBN)}
+    for conv, norm, _ in calls:
+        for layer in model.modules():
+            if isinstance(layer, CBN):
+                layer._forget()
+        model(inputs)
+        with torch.no_grad():
+            conv.weight.add_(0.1 * torch.randn_like(conv.weight))
+        mean = next(mean for c, _, mean in norm_calls(model, inputs) if c is conv)
+        assert norm.window_length == 2
+        bias = 0 if conv.bias is None else conv.bias
+        torch.testing.assert_close(norm._past[0][0], mean - bias)
+
+
+def test_no_convolution_is_a_clear_error_naming_layer_and_remedy():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), CBN(4))
+
+        def forward(self, x):
+            return self.stem(x)
+
+    net = Net()
+    with pytest.raises(RuntimeError, match=r"'stem\.2'.*not the output of a convolution.*order=0"):
+        net(torch.randn(2, 3, 4, 4))
+    net.eval()(torch.randn(2, 3, 4, 4))
+    net.stem[2] = CBN(4, order=0)
+    for length in (1, 2, 3):
+        net.train()(torch.randn(2, 3, 4, 4))
+        assert net.stem[2].window_length == length
+
+
+class StandardizedConv(nn.Conv2d):
+    def _conv_forward(self, input, weight, bias):
+        return super()._conv_forward(input, weight / weight.std(), bias)
+
+
+@pytest.mark.parametrize(
+    ('conv', 'because'),
+    [
+        (lambda: nn.ConvTranspose2d(4, 4, 3), 'it is a ConvTranspose2d'),
+        (lambda: StandardizedConv(4, 4, 3), 'StandardizedConv does not compute what torch.nn.Conv2d does'),
+        (lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3)), 'its weight is computed anew'),
+        (lambda: nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 4, 3)), 'its weight is computed anew'),
+    ],
+)
+def test_a_convolution_that_it_cannot_handle_is_an_error_that_says_why(conv, because):
+    model = nn.Sequential(conv(), CBN(4))
+    with pytest.raises(RuntimeError, match=rf"'1'.*{because}.*order=0"):
+        model(torch.randn(2, 4, 5, 5))
+
+
+def test_an_output_changed_in_place_is_not_mistaken_for_the_convolutions():
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU(inplace=True), CBN(4))
+    with pytest.raises(RuntimeError, match='not the output of a convolution'):
+        model(torch.randn(2, 4, 5, 5))
+
+
+def test_a_replaced_convolution_is_found_in_the_next_forward():
+    model = conv_and_norm(window_size=3)
+    for x in batches(3):
+        model(x)
+    model[0] = nn.Conv2d(4, 4, 5, padding=2).double()
+    lengths = []
+    for x in batches(4):
+        model(x)
+        lengths.append(model[1].window_length)
+    assert lengths == [1, 1, 2, 3]
+
+
+@pytest.mark.parametrize('clone', [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_has_a_window_and_convolution_of_its_own(clone):
+    model = conv_and_norm(window_size=3)
+    for x in batches(3):
+        model(x)
+    twin = clone(model)
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    expected = clone(twin)(x)
+    model(x)
+    assert torch.equal(twin(x), expected), 'what happens to the original must not reach the copy'
+    assert twin[1].window_length == 3
+
+
+@pytest.mark.parametrize('use_reentrant', [False, True])
+def test_a_checkpointed_block_sees_the_same_window_twice_and_advances_it_once(use_reentrant):
+    model, plain = conv_and_norm(window_size=3), conv_and_norm(window_size=3)
+    for x in batches(5):
+        results = []
+        for net, call in ((plain, plain), (model, lambda x: checkpoint(model, x, use_reentrant=use_reentrant))):
+            inputs = x.clone().requires_grad_()
+            net.zero_grad()
+            y = call(inputs)
+            loss_of(y).backward()
+            results.append([y, inputs.grad, *(p.grad for p in net.parameters()), *net.buffers()])
+            with torch.no_grad():
+                for p in net.parameters():
+                    p.sub_(0.01 * p.grad)
+        for actual, expected in zip(*results, strict=True):
+            torch.testing.assert_close(actual, expected)
+        assert model[1].window_length == plain[1].window_length
+
+
+def test_empty_input_passes_as_in_batchnorm_and_leaves_the_window_alone():
+    model = conv_and_norm(window_size=3)
+    for x in batches(3):
+        model(x)
+    empty = torch.zeros(0, 4, 7, 7, dtype=torch.float64, requires_grad=True)
+    y = model(empty)
+    y.sum().backward()
+    assert y.shape == empty.shape and len(model[1]._window) == 2
+    assert all(torch.isfinite(buffer).all() for buffer in model[1].buffers())
+    model(x)
+    assert model[1].window_length == 3
+
+
+@pytest.mark.parametrize('bad', [float('nan'), float('inf')])
+def test_a_bad_batch_does_not_poison_the_window(bad):
+    model, clean = conv_and_norm(window_size=3), conv_and_norm(window_size=3)
+    first, second, third = batches(3)
+    poisoned = second.clone()
+    poisoned[0, 0, 0, 0] = bad
+    for x in (first, poisoned):
+        model(x)
+    clean(first)
+    # The poisoned iteration is left out: what remains is the window of the clean one.
+    torch.testing.assert_close(model(third), clean(third))
+    assert torch.isfinite(model(second)).all()
+
+
+def test_the_statistics_are_float32_under_autocast():
+    model = conv_and_norm(window_size=3, dtype=torch.float32)
+    single = copy.deepcopy(model)
+    for x in batches(4, dtype=torch.float32):
+        with torch.autocast('cpu', torch.bfloat16):
+            y = model(x)
+        loss_of(y.float()).backward()
+        assert y.dtype == torch.bfloat16
+        assert {t.dtype for t in model[1]._window.stacked()} == {torch.float32}
+        torch.testing.assert_close(y.float(), single(x), rtol=0.05, atol=0.05)
+        for net in (model, single):
+            with torch.no_grad():
+                net[0].weight.mul_(1.01)
+
+
+def test_moving_to_another_precision_starts_the_window_afresh():
+    model = conv_and_norm(window_size=3)
+    for x in batches(3):
+        model(x)
+    model.float()
+    lengths = []
+    for x in batches(3, dtype=torch.float32):
+        model(x)
+        lengths.append(model[1].window_length)
+    assert lengths == [1, 2, 3]
+
+
+def test_channels_last_gives_the_same():
+    model = conv_and_norm(window_size=3)
+    other = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    for x in batches(4):
+        torch.testing.assert_close(other(x.contiguous(memory_format=torch.channels_last)), model(x))
+        for net in (model, other):
+            with torch.no_grad():
+                net[0].weight.mul_(1.01)
+
+
+def test_one_value_a_channel_is_an_error_as_in_batchnorm():
+    model = conv_and_norm(window_size=3, conv=dict(kernel_size=1))
+    with pytest.raises(ValueError, match='more than 1 value per channel'):
+        model(torch.zeros(1, 4, 1, 1, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'error', 'message'),
+    [
+        (dict(num_features=0), ValueError, 'num_features must be an int >= 1, got 0'),
+        (dict(num_features=4.0), TypeError, r'num_features must be an int >= 1, got 4\.0 of type float'),
+        (dict(eps=-1e-5), ValueError, 'eps must be a number >= 0'),
+        (dict(eps='small'), TypeError, "eps must be a number >= 0, got 'small' of type str"),
+        (dict(eps=float('nan')), ValueError, 'eps must be a number >= 0, got nan'),
+        (dict(momentum=1.5), ValueError, 'momentum must be a number from 0 to 1 or None, got 1.5'),
+        (dict(momentum='x'), TypeError, 'momentum must be a number from 0 to 1 or None'),
+        (dict(window_size=0), ValueError, "window_size must be an int >= 1 or 'auto', got 0"),
+        (dict(window_size=2.5), TypeError, "window_size must be an int >= 1 or 'auto', got 2.5"),
+        (dict(window_size=True), TypeError, 'window_size must be'),
+        (dict(window_size='automatic'), TypeError, "window_size must be an int >= 1 or 'auto', got 'automatic'"),
+        (dict(order=2), ValueError, r'order must be 0 \(Naive CBN\) or 1 \(first-order compensation\), got 2'),
+        (dict(order=-1), ValueError, 'order must be'),
+        (dict(order=1.0), TypeError, 'order must be'),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, error, message):
+    with pytest.raises(error, match=message):
+        CBN(**{'num_features': 4, **arguments})
+
+
+def test_wrong_input_shape_is_an_error():
+    with pytest.raises(ValueError, match='expected 4D input'):
+        CBN(4)(torch.zeros(4, 4))
+
+
+def test_auto_without_the_hook_says_what_to_do():
+    model = conv_and_norm(window_size='auto')
+    (x,) = batches(1)
+    with pytest.raises(RuntimeError, match=r"'1'.*window_size='auto'.*CBNBurnInHook"):
+        model(x)
+    model.eval()(x)
+    model.train()
+    model[1].window_size = 2
+    for length in (1, 2):
+        model(x)
+        assert model[1].window_length == length
+
+
+def test_memory_held_is_about_one_weight_an_earlier_iteration():
+    model = conv_and_norm(window_size=4, dtype=torch.float32)
+    wide = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), CBN(64, window_size=4))
+    sizes = []
+    for x in batches(5, shape=(2, 64, 6, 6), dtype=torch.float32):
+        wide(x)
+        sizes.append(wide[1]._window.nbytes)
+    assert all(a == b for a, b in pairwise(sizes)), 'the ring is allocated once'
+    assert sizes[-1] < 1.1 * 3 * wide[0].weight.nbytes
+    assert model[1]._window.nbytes == 0

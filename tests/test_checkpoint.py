@@ -1,0 +1,146 @@
+"""mmengine's checkpoints load under torch's restricted unpickler, and no checkpoint runs code."""
+
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+import torch
+from mmengine.logging import HistoryBuffer, MessageHub
+from mmengine.runner import CheckpointLoader, load_checkpoint
+from torch import nn
+
+from mmdet_cbn.checkpoint import FORCE_RESTRICTED
+
+
+class Evil:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+class EvilGetattr(Evil):
+    """Through the only way to a function that checkpoints of mmengine need."""
+
+    def __reduce__(self):
+        return getattr, (HistoryBuffer, 'register_statistics')
+
+
+@pytest.fixture
+def checkpoint():
+    """What CheckpointHook saves, and what mmdet's published checkpoints hold."""
+    hub = MessageHub.get_instance('test_checkpoint')
+    for value in (0.5, 0.25):
+        hub.update_scalar('train/loss', value)
+        hub.update_scalar('train/count', int(value * 4))
+    hub.update_info('array', np.arange(4, dtype=np.float32))
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    return dict(
+        meta=dict(
+            epoch=1,
+            iter=2,
+            cfg='text',
+            seed=np.random.default_rng(0).integers(9),
+            CLASSES=('a', 'b'),
+            dataset_meta=dict(classes=('a', 'b'), palette=[(1, 2, 3)]),
+            scores=np.array([np.float64(0.1), np.float64(0.2)]),
+            names=np.array(['x', 'y']),
+        ),
+        state_dict=model.state_dict(),
+        optimizer=optimizer.state_dict(),
+        message_hub=hub.state_dict(),
+    )
+
+
+def test_mmengines_checkpoints_load(tmp_path, checkpoint):
+    path = tmp_path / 'epoch_1.pth'
+    torch.save(checkpoint, path)
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(path, weights_only=True)
+
+    loaded = CheckpointLoader.load_checkpoint(str(path), 'cpu')
+    history = loaded['message_hub']['log_scalars']['train/loss']
+    assert isinstance(history, HistoryBuffer)
+    assert history.mean() == 0.375 and history.statistics('min') == 0.25
+    assert loaded['message_hub']['runtime_info']['array'].tolist() == [0, 1, 2, 3]
+    assert loaded['meta']['seed'] == checkpoint['meta']['seed']
+    assert loaded['meta']['names'].tolist() == ['x', 'y'] and loaded['meta']['scores'].tolist() == [0.1, 0.2]
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    load_checkpoint(model, str(path), strict=True)
+    assert FORCE_RESTRICTED not in os.environ
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(path, weights_only=True)  # outside of mmengine nothing has changed
+
+
+def test_checkpoints_written_under_numpy_1_load(tmp_path):
+    """NumPy 1 called its core ``numpy.core``. No such NumPy is here: rename the module in the pickle."""
+    path = tmp_path / 'old.pth'
+    data = pickle.dumps(dict(array=np.arange(3.0), scalar=np.float64(2)), protocol=2)
+    assert b'numpy._core.multiarray' in data
+    old = data.replace(b'numpy._core.multiarray', b'numpy.core.multiarray')
+    with open(path, 'wb') as file:
+        # The format of torch before 1.6: pickles of a magic number, a protocol, the system, the object, its storages.
+        for header in (0x1950A86A20F9469CFC6C, 1001, dict(little_endian=True, protocol_version=1001)):
+            pickle.dump(header, file, protocol=2)
+        file.write(old)
+        pickle.dump([], file, protocol=2)
+    loaded = CheckpointLoader.load_checkpoint(str(path), 'cpu')
+    assert loaded['array'].tolist() == [0, 1, 2] and loaded['scalar'] == 2
+
+
+@pytest.mark.parametrize('evil', [Evil, EvilGetattr])
+def test_no_checkpoint_runs_code(tmp_path, checkpoint, evil):
+    path, made = tmp_path / 'evil.pth', tmp_path / 'made'
+    torch.save(dict(checkpoint, evil=evil(made)), path)
+    with pytest.raises(pickle.UnpicklingError, match=r'evil\.pth was not loaded.*(mkdir|getattr)'):
+        CheckpointLoader.load_checkpoint(str(path), 'cpu')
+    assert not made.exists()
+    if evil is Evil:
+        torch.load(path, weights_only=False)
+        assert made.exists(), 'the checkpoint was meant to be dangerous'
+
+
+def test_no_checkpoint_from_a_url_runs_code(tmp_path, checkpoint, monkeypatch):
+    made = tmp_path / 'made'
+    torch.save(checkpoint, tmp_path / 'good.pth')
+    torch.save(dict(checkpoint, evil=Evil(made)), tmp_path / 'evil.pth')
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'cache'))
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f'http://127.0.0.1:{server.server_port}'
+        assert CheckpointLoader.load_checkpoint(f'{url}/good.pth', 'cpu')['meta']['epoch'] == 1
+        with pytest.raises(pickle.UnpicklingError, match=r'evil\.pth was not loaded'):
+            CheckpointLoader.load_checkpoint(f'{url}/evil.pth', 'cpu')
+        server.shutdown()
+    assert not made.exists()
+
+
+@pytest.mark.parametrize('keep', [0, 10, 1000])
+def test_a_truncated_checkpoint_is_an_error_that_names_the_file(tmp_path, checkpoint, keep):
+    path = tmp_path / 'half.pth'
+    torch.save(checkpoint, path)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(RuntimeError, match=r'half\.pth could not be loaded: .+'):
+        CheckpointLoader.load_checkpoint(str(path), 'cpu')
+
+
+def test_someone_who_asks_torch_for_it_gets_unrestricted_loading(tmp_path, checkpoint):
+    """In a process of its own: the setting is torch's, and holds for all of it."""
+    path, made = tmp_path / 'trusted.pth', tmp_path / 'made'
+    torch.save(dict(checkpoint, evil=Evil(made)), path)
+    code = f'import mmdet_cbn, mmengine.runner as r; r.CheckpointLoader.load_checkpoint({str(path)!r}, "cpu")'
+    subprocess.run(
+        [sys.executable, '-c', code], env={**os.environ, 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD': '1'}, check=True
+    )
+    assert made.exists()

@@ -1,0 +1,145 @@
+"""The last call of a convolution is handed to the norm that it feeds, and to nobody else."""
+
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from mmcv.cnn.bricks.wrappers import Conv2d as MMCVConv2d
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+from mmdet_cbn import CBN
+from mmdet_cbn.convolution import ConvCall, follow, is_followed, take_call, unsupported_because
+
+
+@pytest.fixture(autouse=True)
+def _no_watch_left():
+    gc.collect()  # layers of other tests that were never trained
+    nn.Conv2d(1, 1, 1)(torch.zeros(1, 1, 1, 1))
+    yield
+
+
+def followed_conv(**kwargs):
+    conv = nn.Conv2d(3, 4, 3, **kwargs)
+    follow(conv)
+    return conv
+
+
+def test_the_output_is_exchanged_for_convolution_and_input_once():
+    conv, inputs = followed_conv(), torch.randn(1, 3, 5, 5)
+    output = conv(inputs)
+    taken_conv, taken_input = take_call(output)
+    assert taken_conv is conv and taken_input is inputs
+    assert take_call(output) is None
+
+
+def test_an_input_given_by_name_is_found():
+    conv, inputs = followed_conv(), torch.randn(1, 3, 5, 5)
+    assert take_call(conv(input=inputs))[1] is inputs
+
+
+@pytest.mark.parametrize('change', [torch.relu, torch.relu_, lambda y: y[:], lambda y: y.add_(1)])
+def test_anything_but_the_very_output_is_refused(change):
+    with torch.no_grad():
+        assert take_call(change(followed_conv()(torch.randn(1, 3, 5, 5)))) is None
+
+
+def test_a_call_of_another_thread_is_not_taken():
+    conv, outputs = followed_conv(), []
+    thread = threading.Thread(target=lambda: outputs.append(conv(torch.randn(1, 3, 5, 5))))
+    thread.start()
+    thread.join()
+    assert take_call(outputs[0]) is None
+
+
+def test_no_input_outlives_its_norm():
+    """Not even where autograd keeps nothing: one input at the most, until the norm is called."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), CBN(4))
+    inputs = torch.randn(1, 3, 5, 5)
+    alive = weakref.ref(inputs)
+    with torch.no_grad():
+        model(inputs)
+        del inputs
+    gc.collect()
+    assert alive() is None
+
+
+def test_evaluation_remembers_nothing():
+    conv = followed_conv().eval()
+    with torch.no_grad():
+        assert take_call(conv(torch.randn(1, 3, 5, 5))) is None
+
+
+def hooks():
+    return len(torch_module._global_forward_hooks)
+
+
+def test_the_watch_ends_when_every_layer_knows_its_convolution():
+    before = hooks()
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), CBN(4), nn.Conv2d(4, 4, 1), CBN(4))
+    assert hooks() == before + 1
+    for _ in range(2):
+        model(torch.randn(2, 3, 4, 4))
+    assert hooks() == before
+    assert is_followed(model[0]) and is_followed(model[2])
+    assert len(model[0]._forward_hooks) == 1
+
+
+@pytest.mark.parametrize('norm', [dict(order=0), dict(window_size=1)])
+def test_layers_that_need_no_convolution_watch_none(norm):
+    before = hooks()
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), CBN(4, **norm))
+    assert hooks() == before
+    model(torch.randn(2, 3, 4, 4))
+    assert not is_followed(model[0])
+
+
+def test_a_model_in_evaluation_or_deleted_watches_no_longer():
+    before = hooks()
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), CBN(4))
+    assert hooks() == before + 1
+    model.eval()
+    assert hooks() == before
+    model.train()
+    assert hooks() == before + 1
+    del model
+    gc.collect()
+    nn.Conv2d(3, 4, 1)(torch.zeros(1, 3, 1, 1))
+    assert hooks() == before
+
+
+def test_a_norm_fed_by_two_convolutions_finds_both():
+    norm = CBN(4, window_size=3)
+    convs = [nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)]
+    for _ in range(3):
+        for conv in convs:
+            norm(conv(torch.randn(2, 3, 4, 4)))
+    assert all(map(is_followed, convs))
+
+
+@pytest.mark.parametrize(
+    'arguments',
+    [
+        dict(kernel_size=3, padding=1),
+        dict(kernel_size=(2, 3), padding='same'),
+        dict(kernel_size=3, padding='valid'),
+        dict(kernel_size=3, padding=1, padding_mode='reflect'),
+        dict(kernel_size=3, padding=(2, 1), padding_mode='circular', stride=2),
+    ],
+)
+def test_a_call_in_plain_terms_gives_the_same_output(arguments):
+    conv, inputs = nn.Conv2d(4, 6, groups=2, **arguments), torch.randn(2, 4, 7, 8)
+    call = ConvCall.of(conv, inputs)
+    torch.testing.assert_close(
+        F.conv2d(call.input, call.weight, call.bias, call.stride, call.padding, call.dilation, call.groups),
+        conv(inputs),
+    )
+
+
+def test_torchs_and_mmcvs_convolutions_are_supported():
+    assert unsupported_because(nn.Conv2d(1, 1, 1)) is None
+    assert unsupported_because(MMCVConv2d(1, 1, 1)) is None
+    assert 'ConvTranspose2d' in unsupported_because(nn.ConvTranspose2d(1, 1, 1))
