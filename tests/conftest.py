@@ -1,17 +1,16 @@
-"""What several test files share: drawn images, and configs cut down to seconds."""
+"""What several test files share: drawn images, and runs of configs cut down to seconds."""
 
-import os
 from pathlib import Path
 
 import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
+from mmengine.runner import Runner
 
 from mmdet_cbn.shapes import write_shapes
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = ROOT / 'configs'
 
 
 @pytest.fixture(autouse=True, scope='session')
@@ -36,31 +35,30 @@ def shapes_root(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def small_config(shapes_root, tmp_path, monkeypatch):
-    """Loads a config of configs/small for a run of seconds on the drawn images, logging every iteration."""
+def build_runner(shapes_root, tmp_path, monkeypatch):
+    """Builds the Runner of a config under configs/, on the drawn images or on $COCO_ROOT as the config says, without
+    worker processes or pretrained weights and with a log line for each iteration. ``options`` are --cfg-options."""
     monkeypatch.setenv('SHAPES_ROOT', str(shapes_root))
 
-    def load(name: str, **options) -> Config:
-        config = Config.fromfile(CONFIGS / 'small' / name)
+    def build(name: str, evaluate: bool = True, **options) -> Runner:
+        config = Config.fromfile(ROOT / 'configs' / name)
+        for loader in (config.train_dataloader, config.val_dataloader):
+            loader.update(num_workers=0, persistent_workers=False)
+        config.test_dataloader = config.val_dataloader
+        if not evaluate:
+            for split in ('val', 'test'):
+                for key in ('dataloader', 'cfg', 'evaluator'):
+                    config[f'{split}_{key}'] = None
         config.merge_from_dict(
             {
                 'work_dir': str(tmp_path / 'work_dir'),
-                'train_dataloader.num_workers': 0,
-                'train_dataloader.persistent_workers': False,
-                'val_dataloader.num_workers': 0,
-                'val_dataloader.persistent_workers': False,
+                'model.backbone.init_cfg': None,
                 'default_hooks.logger.interval': 1,
                 'randomness': dict(seed=0),
-                'log_level': 'WARNING',
+                'experiment_name': f'{tmp_path.name}-{len(list(tmp_path.rglob("*.log")))}',
                 **options,
             }
         )
-        config.test_dataloader = config.val_dataloader
-        return config
+        return Runner.from_cfg(config)
 
-    return load
-
-
-def coco_root() -> str | None:
-    """Where the user keeps COCO images, if anywhere."""
-    return os.environ.get('COCO_ROOT')
+    return build

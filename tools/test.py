@@ -1,8 +1,6 @@
 """Test and evaluate a detector: mmdet's own tools/test.py, with its arguments, and with mmdet_cbn registered."""
 
-import runpy
-
-from mmdet_cbn.mmdet_tools import tool
+from mmdet_cbn.mmdet_tools import run_tool
 
 if __name__ == '__main__':
-    runpy.run_path(tool('test.py'), run_name='__main__')
+    run_tool('test.py')

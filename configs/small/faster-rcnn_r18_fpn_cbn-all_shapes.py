@@ -13,3 +13,4 @@ test_evaluator = val_evaluator
 train_cfg = dict(max_epochs=_base_.shapes_epochs)
 param_scheduler = _base_.shapes_schedule
 custom_hooks = _base_.shapes_hooks
+default_hooks = _base_.shapes_default_hooks

@@ -12,5 +12,5 @@ train_dataloader = dict(batch_size=_base_.small_batch_size, num_workers=1, datas
 val_dataloader = dict(num_workers=1, dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
-optim_wrapper = dict(optimizer=dict(lr=_base_.small_lr))
+optim_wrapper = dict(optimizer=_base_.small_optimizer)
 auto_scale_lr = dict(base_batch_size=_base_.small_batch_size)

@@ -1,0 +1,109 @@
+"""Detectors train through mmdet's Runner, on images."""
+
+import math
+import os
+from itertools import chain
+
+import pytest
+import torch
+from mmdet.apis import inference_detector, init_detector
+from mmdet.registry import MODELS
+from mmengine.runner import load_checkpoint
+
+from mmdet_cbn import CBN
+from mmdet_cbn.shapes import CLASSES
+
+DETECTORS = ('faster-rcnn', 'mask-rcnn')
+# With images of COCO at hand, the same on them.
+DATA = ['shapes', *(['coco'] if os.environ.get('COCO_ROOT') else [])]
+
+
+def losses(runner):
+    """Every loss that was logged, by name, with its values over the iterations."""
+    scalars = runner.message_hub.log_scalars
+    return {name: buffer.data[0].tolist() for name, buffer in scalars.items() if 'loss' in name}
+
+
+@pytest.mark.parametrize('data', DATA)
+@pytest.mark.parametrize('detector', DETECTORS)
+def test_a_few_iterations_have_finite_losses(build_runner, detector, data):
+    runner = build_runner(
+        f'small/{detector}_r18_fpn_cbn-all_{data}.py',
+        evaluate=False,
+        train_cfg=dict(_delete_=True, type='IterBasedTrainLoop', max_iters=4, val_interval=99),
+        custom_hooks=[dict(type='CBNBurnInHook', burn_in_iters=1)],
+        log_processor=dict(by_epoch=False),
+    )
+    before = {name: p.clone() for name, p in runner.model.named_parameters()}
+    runner.train()
+    found = losses(runner)
+    assert ('train/loss_mask' in found) == (detector == 'mask-rcnn')
+    assert all(len(values) == 4 and all(map(math.isfinite, values)) for values in found.values())
+    assert runner.message_hub.get_scalar('train/cbn_window').data[0].tolist() == [1, 1, 2, 3]
+    layers = [m for m in runner.model.modules() if isinstance(m, CBN)]
+    assert {layer.window_length for layer in layers} == {3}
+    unchanged = [name for name, p in runner.model.named_parameters() if torch.equal(p, before[name])]
+    assert unchanged == []
+
+
+@pytest.mark.parametrize('where', ['head', 'all'])
+@pytest.mark.parametrize('detector', DETECTORS)
+def test_the_papers_recipes_train_an_iteration_after_burn_in(build_runner, shapes_root, detector, where):
+    """At a small image size; everything else as it is."""
+    runner = build_runner(
+        f'cbn/{detector}_r50_fpn_cbn-{where}_1x_coco.py',
+        evaluate=False,
+        **{
+            'train_dataloader.dataset.data_root': str(shapes_root),
+            'train_dataloader.dataset.metainfo': dict(classes=CLASSES),
+            'train_dataloader.dataset.pipeline.2.scale': (128, 96),
+            'train_dataloader.batch_size': 1,
+            'model.train_cfg.rcnn.sampler.num': 32,
+            'train_cfg': dict(_delete_=True, type='IterBasedTrainLoop', max_iters=2, val_interval=99),
+            'custom_hooks': [dict(type='CBNBurnInHook', burn_in_iters=0)],
+            'log_processor': dict(by_epoch=False),
+        },
+    )
+    runner.train()
+    assert all(map(math.isfinite, chain(*losses(runner).values())))
+    active = [m for m in runner.model.modules() if isinstance(m, CBN) and m.training]
+    assert {layer.window_length for layer in active} == {2}
+    assert len(active) == 8 + 4 + 4 * (detector == 'mask-rcnn') + 42 * (where == 'all')
+
+
+def test_train_evaluate_resume_and_detect(build_runner, tmp_path, shapes_root):
+    """Burn-in, evaluation in between and resuming, with real checkpoints, up to mmdet's inference API."""
+    name = 'small/faster-rcnn_r18_fpn_cbn-all_shapes.py'
+    first = build_runner(name, **{'train_cfg.max_epochs': 1})
+    first.train()
+    assert len(first.message_hub.get_scalar('val/coco/bbox_mAP').data[0]) == 1
+    resumed = build_runner(name, **{'train_cfg.max_epochs': 2}, resume=True)
+    resumed.train()
+    windows = resumed.message_hub.get_scalar('train/cbn_window').data[0].tolist()
+    assert windows == [1, 1, 1, 1, 1, 2, 3, 4]
+    assert resumed.iter == 8
+
+    checkpoint = str(tmp_path / 'work_dir' / 'epoch_2.pth')
+    detector = init_detector(resumed.cfg, checkpoint, device='cpu')
+    image = next((shapes_root / 'val2017').glob('*.png'))
+    result = inference_detector(detector, str(image))
+    assert torch.isfinite(result.pred_instances.scores).all()
+
+
+def test_a_batchnorm_config_loads_a_cbn_checkpoint_and_detects_the_same(build_runner):
+    """No plugin is needed for what was trained with it."""
+    name = 'small/faster-rcnn_r18_fpn_cbn-all_shapes.py'
+    trained = build_runner(name, **{'train_cfg.max_epochs': 1, 'custom_hooks.0.burn_in_epochs': 0})
+    trained.train()
+    config = trained.cfg.copy()
+    bn = dict(type='BN', requires_grad=True, _delete_=True)
+    for part in ('backbone', 'neck', 'roi_head.bbox_head'):
+        config.merge_from_dict({f'model.{part}.norm_cfg': bn})
+    plain = MODELS.build(config.model)
+    load_checkpoint(plain, str(trained.work_dir) + '/epoch_1.pth', strict=True)
+    assert not any(isinstance(m, CBN) for m in plain.modules())
+    (images,) = (batch for batch, _ in zip(trained.val_dataloader, range(1), strict=False))
+    with torch.no_grad():
+        (ours,), (theirs,) = (model.eval().test_step(images) for model in (trained.model, plain))
+    for key in ('bboxes', 'scores', 'labels'):
+        assert torch.equal(ours.pred_instances[key], theirs.pred_instances[key])
