@@ -93,12 +93,12 @@ class CBNBurnInHook(Hook):
 
 
 def _images_per_gpu(dataloader: Any) -> int:
-    # A batch sampler of mmdet's own, as AspectRatioBatchSampler, leaves the dataloader without a batch size.
-    size = dataloader.batch_size or getattr(dataloader.batch_sampler, 'batch_size', None)
+    # A dataloader with a batch sampler of mmdet's own, as AspectRatioBatchSampler, has no batch_size itself.
+    size = getattr(dataloader.batch_sampler, 'batch_size', None)
     if not isinstance(size, int) or size < 1:
         raise RuntimeError(
-            "CBNBurnInHook: window_size='auto' needs the number of images per GPU, but neither train_dataloader nor "
-            f'its batch_sampler has a batch_size (an int >= 1), got {size!r}. Give window_size as a number instead.'
+            "CBNBurnInHook: window_size='auto' needs the number of images per GPU, but the batch_sampler "
+            f'of train_dataloader has no batch_size (an int >= 1), got {size!r}. Give window_size as a number instead.'
         )
     return size
 

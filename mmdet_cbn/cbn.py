@@ -87,11 +87,10 @@ class CBN(nn.BatchNorm2d):
             raise ValueError(f'CBN: order must be 0 (Naive CBN) or 1 (first-order compensation), got {order}')
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         self.order = order
-        self.window_size = window_size
         self.burn_in = False
         self.window_length = 0
         self._knows_convolution = False
-        self._watch_if_needed()
+        self.window_size = window_size
 
     @property
     def window_size(self) -> int | Literal['auto']:
@@ -105,6 +104,7 @@ class CBN(nn.BatchNorm2d):
         self._window_size = window_size
         self._window: Window = Window(0 if window_size == 'auto' else window_size - 1)
         self._forget()
+        self._watch_if_needed()
 
     def extra_repr(self) -> str:
         return f'{super().extra_repr()}, window_size={self.window_size!r}, order={self.order}'
@@ -148,16 +148,16 @@ class CBN(nn.BatchNorm2d):
             self.window_length = 1
             return super().forward(input)
         self._check_input_dim(input)
-        conv = self._feeding_convolution(input) if self.order > 0 else None
+        call = self._feeding_call(input) if self.order > 0 else None
         if input.numel() == 0:
             return super().forward(input)
-        if self.burn_in or (self.order > 0 and conv is None):
+        if self.burn_in or (self.order > 0 and call is None):
             self.window_length = 1
             return super().forward(input)
-        return self._cross_iteration_forward(input, conv)
+        return self._cross_iteration_forward(input, None if call is None else ConvCall.of(*call))
 
-    def _feeding_convolution(self, input: Tensor) -> ConvCall | None:
-        """The call of the convolution that made ``input``.
+    def _feeding_call(self, input: Tensor) -> tuple[nn.Conv2d, Tensor] | None:
+        """The convolution that made ``input``, and its own input.
 
         None if it is another one than before (someone replaced it), which will be known in the next forward.
         """
@@ -185,7 +185,7 @@ class CBN(nn.BatchNorm2d):
                 unwatch(self)
         else:
             follow(conv)
-        return ConvCall.of(conv, conv_input)  # type: ignore[arg-type]
+        return conv, conv_input  # type: ignore[return-value]
 
     def _cross_iteration_forward(self, input: Tensor, conv: ConvCall | None) -> Tensor:
         positions = input.numel() // input.size(1)

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from mmcv.cnn import ConvModule, build_norm_layer, fuse_conv_bn
+from mmcv.cnn import ConvModule, ConvWS2d, build_norm_layer, fuse_conv_bn
 from mmdet.models.backbones.resnet import BasicBlock, Bottleneck
 from oracle import OracleCBN
 from torch import nn
@@ -333,6 +333,7 @@ class StandardizedConv(nn.Conv2d):
     ('conv', 'because'),
     [
         (lambda: nn.ConvTranspose2d(4, 4, 3), 'it is a ConvTranspose2d'),
+        (lambda: ConvWS2d(4, 4, 3), 'ConvWS2d does not compute what torch.nn.Conv2d does'),
         (lambda: StandardizedConv(4, 4, 3), 'StandardizedConv does not compute what torch.nn.Conv2d does'),
         (lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3)), 'its weight is computed anew'),
         (lambda: nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 4, 3)), 'its weight is computed anew'),

@@ -10,7 +10,7 @@ from mmdet.apis import inference_detector, init_detector
 from mmdet.registry import MODELS
 from mmengine.runner import load_checkpoint
 
-from mmdet_cbn import CBN
+from mmdet_cbn import CBN, CBNBurnInHook
 from mmdet_cbn.shapes import CLASSES
 
 DETECTORS = ('faster-rcnn', 'mask-rcnn')
@@ -44,6 +44,18 @@ def test_a_few_iterations_have_finite_losses(build_runner, detector, data):
     assert {layer.window_length for layer in layers} == {3}
     unchanged = [name for name, p in runner.model.named_parameters() if torch.equal(p, before[name])]
     assert unchanged == []
+
+
+def test_auto_reads_the_batch_size_from_mmdets_batch_sampler(build_runner):
+    parts = ('backbone', 'neck', 'roi_head.bbox_head')
+    runner = build_runner(
+        'small/faster-rcnn_r18_fpn_cbn-all_shapes.py',
+        **{f'model.{part}.norm_cfg.window_size': 'auto' for part in parts},
+        **{'train_dataloader.batch_size': 3},
+    )
+    CBNBurnInHook(burn_in_iters=0).before_train(runner)
+    layers = [m for m in runner.model.modules() if isinstance(m, CBN)]
+    assert len(layers) == 32 and {layer.window_size for layer in layers} == {6}
 
 
 @pytest.mark.parametrize('where', ['head', 'all'])

@@ -11,11 +11,11 @@ shapes = dict(
 shapes_num_classes = 4
 shapes_val_annotations = shapes_root + '/annotations/instances_val2017.json'
 
-shapes_epochs = 6
+shapes_epochs = 7
 shapes_schedule = [
     dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=50),
     dict(type='MultiStepLR', by_epoch=True, end=shapes_epochs, milestones=[5], gamma=0.1),
 ]
 shapes_hooks = [dict(type='CBNBurnInHook', burn_in_epochs=1)]
-# One picture in ten is drawn with its detections.
-shapes_default_hooks = dict(checkpoint=dict(max_keep_ckpts=1), visualization=dict(interval=10))
+shapes_default_hooks = dict(checkpoint=dict(max_keep_ckpts=1))
+shapes_randomness = dict(seed=0)

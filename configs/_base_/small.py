@@ -19,4 +19,4 @@ small_mask_branch = dict(
 small_scale = (256, 160)
 small_batch_size = 2
 # Within a few minutes from scratch AdamW gets further than SGD.
-small_optimizer = dict(_delete_=True, type='AdamW', lr=0.0004, weight_decay=0.0001)
+small_optimizer = dict(_delete_=True, type='AdamW', lr=0.0004, weight_decay=0.05)

@@ -14,3 +14,4 @@ train_cfg = dict(max_epochs=_base_.shapes_epochs)
 param_scheduler = _base_.shapes_schedule
 custom_hooks = _base_.shapes_hooks
 default_hooks = _base_.shapes_default_hooks
+randomness = _base_.shapes_randomness
