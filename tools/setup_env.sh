@@ -38,6 +38,7 @@ if [ ! -x .venv/bin/pip ]; then
     echo "make env: creating .venv"
     "$PYTHON" -m venv --clear .venv
 fi
+export PATH="$PWD/.venv/bin:$PATH" # where the build of mmcv finds ninja
 pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
 
 echo "make env: installing torch"
