@@ -185,6 +185,7 @@ class CBN(nn.BatchNorm2d):
                 unwatch(self)
         else:
             follow(conv)
+            self._forget()  # if there is a window, it is another convolution's
         return conv, conv_input  # type: ignore[return-value]
 
     def _cross_iteration_forward(self, input: Tensor, conv: ConvCall | None) -> Tensor:
@@ -208,7 +209,7 @@ class CBN(nn.BatchNorm2d):
             else:
                 window_mean, window_var, share = window_statistics(mean, var, *self._past)
             if not second_run:
-                self.window_length = 1 + len(self._window)
+                self.window_length = 1 if self._past is None else 1 + len(self._window)
                 if conv is None:
                     self._window.push(NaiveStatistics(mean, var))
                 else:
@@ -226,6 +227,8 @@ class CBN(nn.BatchNorm2d):
             return None
         if conv is None:
             return past.mean, past.var
+        if past.var_grad.shape[1:] != conv.weight.shape:  # the layer is fed by unlike convolutions in turn
+            return None
         return compensate(past, conv.weight, conv.groups)
 
     def _update_running_statistics(self, mean: Tensor, unbiased_var: Tensor) -> None:

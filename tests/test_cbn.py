@@ -12,7 +12,7 @@ from oracle import OracleCBN
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mmdet_cbn import CBN
+from mmdet_cbn import CBN, convolution
 
 CONVOLUTIONS = {
     '1x1': dict(kernel_size=1),
@@ -351,16 +351,31 @@ def test_an_output_changed_in_place_is_not_mistaken_for_the_convolutions():
         model(torch.randn(2, 4, 5, 5))
 
 
-def test_a_replaced_convolution_is_found_in_the_next_forward():
+@pytest.mark.parametrize(('someone_watches', 'expected'), [(False, [1, 1, 2, 3]), (True, [1, 2, 3, 3])])
+def test_a_replaced_convolution_is_found_in_the_next_forward(someone_watches, expected):
+    """Or at once, where calls are being watched on behalf of another layer."""
     model = conv_and_norm(window_size=3)
     for x in batches(3):
         model(x)
-    model[0] = nn.Conv2d(4, 4, 5, padding=2).double()
+    model[0] = nn.Conv2d(4, 4, 3, padding=1).double()
+    for norm in list(convolution._watched):
+        convolution.unwatch(norm)
+    other = CBN(4) if someone_watches else None
     lengths = []
     for x in batches(4):
         model(x)
         lengths.append(model[1].window_length)
-    assert lengths == [1, 1, 2, 3]
+    assert lengths == expected and (other is not None) == someone_watches
+
+
+def test_unlike_convolutions_in_turn_do_not_mix_their_windows():
+    norm = CBN(4, window_size=3).double()
+    small, large = nn.Conv2d(4, 4, 1).double(), nn.Conv2d(4, 4, 3, padding=1).double()
+    lengths = []
+    for conv, x in zip([small, large, *[small] * 3, *[large] * 3], batches(8), strict=True):
+        norm(conv(x))
+        lengths.append(norm.window_length)
+    assert lengths == [1, 1, 1, 2, 3, 1, 2, 3]
 
 
 @pytest.mark.parametrize('clone', [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
