@@ -5,7 +5,7 @@ from typing import Any
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
-from mmengine.runner import Runner
+from mmengine.runner import IterBasedTrainLoop, Runner
 from torch import nn
 from torch.nn.modules.batchnorm import SyncBatchNorm
 
@@ -33,7 +33,8 @@ class CBNBurnInHook(Hook):
         TypeError: A length that is not an int.
         ValueError: None or both of the arguments, or a negative length.
         RuntimeError: When training begins, if there is no CBN layer to burn in: none in the model, none left after
-            ``sync_bn`` converted them, or none in training mode; or if ``window_size='auto'`` finds no batch size.
+            ``sync_bn`` converted them, or none in training mode; if ``burn_in_epochs`` meets a training loop that
+            counts no epochs; or if ``window_size='auto'`` finds no batch size.
     """
 
     def __init__(self, burn_in_epochs: int | None = None, burn_in_iters: int | None = None) -> None:
@@ -49,6 +50,12 @@ class CBNBurnInHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Find the CBN layers and say what will happen to them."""
+        if self.by_epoch and isinstance(runner.train_loop, IterBasedTrainLoop):
+            raise RuntimeError(
+                f'CBNBurnInHook: burn_in_epochs={self.length} would never end, because IterBasedTrainLoop counts no '
+                'epochs. Use burn_in_iters; '
+                f'the train dataloader has {len(runner.train_dataloader)} iterations an epoch.'
+            )
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         # As the training loop will do next; which layers norm_eval and frozen_stages leave in training is known then.
         model.train()

@@ -34,10 +34,10 @@ class CBN(nn.BatchNorm2d):
     checkpoints, and training with ``window_size=1``, during burn-in, or on an empty input. The window is not saved:
     after loading or resuming it fills anew.
 
-    Where the paper is silent: gradients of inf or NaN never come from the window, since an earlier iteration with such
-    statistics is left out of the average. A bias of the convolution cancels and receives no gradient. Statistics are
-    float32 or better, whatever the precision of the input. A layer that is called several times an iteration (a head
-    shared by the levels of an FPN) counts every call as an iteration. Double backward is not supported.
+    Where the paper is silent: an earlier iteration with statistics of inf or NaN is left out of the average. With
+    ``order=1`` a bias of the convolution cancels and receives no gradient. Statistics are float32 or better, whatever
+    the precision of the input. A layer that is called several times an iteration (a head shared by the levels of an
+    FPN) counts every call as an iteration. Double backward is not supported.
 
     Args:
         num_features: C of an input of [N, C, H, W].

@@ -34,7 +34,7 @@ class FrozenNet(Net):
         return self
 
 
-def runner_for(tmp_path, model, hook, epochs=4, batch_size=1, **kwargs):
+def runner_for(tmp_path, model, hook, epochs=4, batch_size=1, train_cfg=None, **kwargs):
     images = [dict(inputs=torch.randn(3, 6, 6)) for _ in range(4)]
     return Runner(
         model=model,
@@ -45,7 +45,7 @@ def runner_for(tmp_path, model, hook, epochs=4, batch_size=1, **kwargs):
             sampler=dict(type=DefaultSampler, shuffle=False),
             collate_fn=dict(type='pseudo_collate'),
         ),
-        train_cfg=dict(by_epoch=True, max_epochs=epochs),
+        train_cfg=train_cfg or dict(by_epoch=True, max_epochs=epochs),
         optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01)),
         default_hooks=dict(logger=dict(type='LoggerHook', interval=1)),
         custom_hooks=[hook],
@@ -113,6 +113,18 @@ def test_auto_is_the_papers_rule(tmp_path, batch_size, window_size):
     model = Net(CBN(4, window_size='auto'))
     runner_for(tmp_path, model, EPOCHS, epochs=1, batch_size=batch_size).train()
     assert model.norm.window_size == window_size
+
+
+@pytest.mark.parametrize('hook', [EPOCHS, ITERS])
+def test_epochs_are_refused_where_none_are_counted(tmp_path, hook):
+    model = Net()
+    runner = runner_for(tmp_path, model, hook, train_cfg=dict(by_epoch=False, max_iters=8))
+    if hook is ITERS:
+        runner.train()
+        assert model.lengths == [1] * 6 + [1, 2]
+    else:
+        with pytest.raises(RuntimeError, match=r'burn_in_epochs=2 would never end.*burn_in_iters; .* 4 iterations'):
+            runner.train()
 
 
 def test_auto_without_a_batch_size_is_an_error(tmp_path):
