@@ -8,7 +8,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from .arguments import check_int, check_real
-from .convolution import ConvCall, follow, is_followed, is_watched, take_call, unsupported_because, unwatch, watch
+from .convolution import ConvCall, ConvFinder, unsupported_because
 from .normalization import WindowNorm
 from .statistics import (
     CompensatedStatistics,
@@ -89,7 +89,7 @@ class CBN(nn.BatchNorm2d):
         self.order = order
         self.burn_in = False
         self.window_length = 0
-        self._knows_convolution = False
+        self._finder = ConvFinder()
         self.window_size = window_size
 
     @property
@@ -104,21 +104,21 @@ class CBN(nn.BatchNorm2d):
         self._window_size = window_size
         self._window: Window = Window(0 if window_size == 'auto' else window_size - 1)
         self._forget()
-        self._watch_if_needed()
+        self._start_or_stop_finder()
 
     def extra_repr(self) -> str:
         return f'{super().extra_repr()}, window_size={self.window_size!r}, order={self.order}'
 
     def train(self, mode: bool = True) -> 'CBN':
         super().train(mode)
-        self._watch_if_needed()
+        self._start_or_stop_finder()
         return self
 
-    def _watch_if_needed(self) -> None:
-        if self.training and self.order > 0 and self.window_size != 1 and not self._knows_convolution:
-            watch(self)
+    def _start_or_stop_finder(self) -> None:
+        if self.training and self.order > 0 and self.window_size != 1:
+            self._finder.start()
         else:
-            unwatch(self)
+            self._finder.stop()
 
     def _forget(self) -> None:
         self._window.clear()
@@ -157,35 +157,25 @@ class CBN(nn.BatchNorm2d):
         return self._cross_iteration_forward(input, None if call is None else ConvCall.of(*call))
 
     def _feeding_call(self, input: Tensor) -> tuple[nn.Conv2d, Tensor] | None:
-        """The convolution that made ``input``, and its own input.
-
-        None if it is another one than before (someone replaced it), which will be known in the next forward.
-        """
-        taken = take_call(input)
-        if taken is None:
-            if not is_watched(self):
-                self._knows_convolution = False
-                self._forget()
-                watch(self)
-                return None
+        """The convolution that made ``input``, and its own input; None where :meth:`ConvFinder.find` returns that."""
+        try:
+            found = self._finder.find(input)
+        except LookupError:
             raise RuntimeError(
                 f'{self._title()} compensates for the change of the convolution that feeds it, but its input is not '
                 f'the output of a convolution that was called just before, unchanged. {self._remedy()}'
-            )
-        conv, conv_input = taken
+            ) from None
+        if found is None or found[2]:
+            self._forget()  # if there is a window, it belongs to another convolution
+        if found is None:
+            return None
+        conv, conv_input, _ = found
         reason = unsupported_because(conv)
         if reason is not None:
             raise RuntimeError(
                 f'{self._title()} cannot compensate for the change of the convolution that feeds it, because {reason}. '
                 f'{self._remedy()}'
             )
-        if is_followed(conv):
-            if not self._knows_convolution:
-                self._knows_convolution = True
-                unwatch(self)
-        else:
-            follow(conv)
-            self._forget()  # if there is a window, it is another convolution's
         return conv, conv_input  # type: ignore[return-value]
 
     def _cross_iteration_forward(self, input: Tensor, conv: ConvCall | None) -> Tensor:

@@ -3,9 +3,8 @@
 mmcv and mmdet call ``norm(conv(x))`` and tell the norm nothing of the convolution. So a forward hook on the convolution
 remembers its last call, and the norm, called next, takes that call over if its own input is the very output of it.
 
-Which convolutions need the hook is found out in training: as long as a norm is *watched*, every convolution called
-anywhere is remembered. The norm puts the hook on the one whose output it receives, and ends the watch when it meets
-that convolution again. The hook is a plain function without state, so that copies and pickles of the model keep it.
+Which convolutions need the hook is found out in training: while a norm does not know them, the calls of all
+convolutions are watched on its behalf. In evaluation there are no hooks.
 """
 
 import threading
@@ -13,7 +12,6 @@ import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from mmcv.cnn.bricks.wrappers import Conv2d as MMCVConv2d
 from torch import Tensor, nn
@@ -54,70 +52,112 @@ class _Remembered(NamedTuple):
 # The last call on this thread; a norm follows its convolution at once, so that one is enough, and no more than one
 # input is ever kept alive.
 _last = threading.local()
-_watched: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-_watch_handle: RemovableHandle | None = None
 
 
 def remember_call(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-    """Forward hook of a convolution that feeds a norm: remember this call."""
-    if (module.training or torch.is_grad_enabled()) and isinstance(module, _ConvNd) and not output.is_inference():
+    """Forward hook: remember this call, if ``module`` is a convolution."""
+    if isinstance(module, _ConvNd) and not output.is_inference():
         input = args[0] if args else kwargs['input']
         _last.call = _Remembered(module, input, weakref.ref(output), output._version)
-
-
-def watch(norm: nn.Module) -> None:
-    """Begin to remember the calls of all convolutions, on behalf of ``norm``."""
-    global _watch_handle
-    _watched.add(norm)
-    if _watch_handle is None:
-        _watch_handle = register_module_forward_hook(_watch_module, with_kwargs=True)
-
-
-def unwatch(norm: nn.Module) -> None:
-    """End the watch for ``norm``."""
-    _watched.discard(norm)
-    _end_idle_watch()
-
-
-def is_watched(norm: nn.Module) -> bool:
-    """Whether the calls of all convolutions are being remembered on behalf of ``norm``."""
-    return norm in _watched
-
-
-def _end_idle_watch() -> None:
-    global _watch_handle
-    if _watch_handle is not None and not _watched:
-        _watch_handle.remove()
-        _watch_handle = None
-
-
-def _watch_module(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-    if isinstance(module, _ConvNd):
-        _end_idle_watch()  # a watched norm may have been deleted
-        remember_call(module, args, kwargs, output)
-
-
-def is_followed(conv: nn.Module) -> bool:
-    """Whether ``conv`` has the hook that remembers its calls."""
-    return any(hook is remember_call for hook in conv._forward_hooks.values())
-
-
-def follow(conv: nn.Module) -> None:
-    """Put the hook that remembers its calls on ``conv``."""
-    conv.register_forward_hook(remember_call, with_kwargs=True)
 
 
 def take_call(output: Tensor) -> tuple[_ConvNd, Tensor] | None:
     """The convolution that returned ``output``, unchanged since, in the last call on this thread, and its input.
 
     Returns:
-        None where the last call was another one or ``output`` has been modified in place.
+        None where the last call was another one, was not remembered, or ``output`` has been modified in place.
     """
     call: _Remembered | None = getattr(_last, 'call', None)
     if call is None or call.output() is not output or call.version != output._version:
         return None
     _last.call = None
     return call.conv, call.input
+
+
+class ConvFinder:
+    """Finds the convolution, or convolutions, that feed one norm.
+
+    It is copied and pickled with the model that both belong to, and what it knows with it.
+    """
+
+    def __init__(self) -> None:
+        # The convolutions known, with the handle of the hook that each has while the norm is in training.
+        self._handles: dict[_ConvNd, RemovableHandle | None] = {}
+        self._settled = False
+
+    def start(self) -> None:
+        """The norm is in training from now on."""
+        for conv, handle in self._handles.items():
+            if handle is None:
+                self._handles[conv] = conv.register_forward_hook(remember_call, with_kwargs=True)
+        if not self._settled:
+            _watch.add(self)
+
+    def stop(self) -> None:
+        """The norm is in training no longer."""
+        for conv, handle in self._handles.items():
+            if handle is not None:
+                handle.remove()
+                self._handles[conv] = None
+        _watch.discard(self)
+
+    def find(self, output: Tensor) -> tuple[_ConvNd, Tensor, bool] | None:
+        """The convolution that has just returned ``output``, its input, and whether it was unknown until now.
+
+        Returns:
+            None if it is not known (someone replaced it); it will be found in the next forward.
+
+        Raises:
+            LookupError: No convolution has just returned ``output``.
+        """
+        taken = take_call(output)
+        if taken is None:
+            if self in _watch:
+                raise LookupError
+            self._settled = False
+            _watch.add(self)
+            return None
+        conv, input = taken
+        is_new = conv not in self._handles
+        if is_new:
+            self._handles[conv] = conv.register_forward_hook(remember_call, with_kwargs=True)
+        elif not self._settled:
+            # It has come round again, so by now all that feed the norm in one iteration have been seen.
+            self._settled = True
+            _watch.discard(self)
+        return conv, input, is_new
+
+
+class _Watch:
+    """Remembers the calls of all convolutions as long as there is a finder that needs it."""
+
+    def __init__(self) -> None:
+        self._finders: weakref.WeakSet[ConvFinder] = weakref.WeakSet()
+        self._handle: RemovableHandle | None = None
+
+    def __contains__(self, finder: ConvFinder) -> bool:
+        return finder in self._finders
+
+    def add(self, finder: ConvFinder) -> None:
+        self._finders.add(finder)
+        if self._handle is None:
+            self._handle = register_module_forward_hook(self._remember_call, with_kwargs=True)
+
+    def discard(self, finder: ConvFinder) -> None:
+        self._finders.discard(finder)
+        self._end_if_idle()
+
+    def _end_if_idle(self) -> None:
+        if self._handle is not None and not self._finders:
+            self._handle.remove()
+            self._handle = None
+
+    def _remember_call(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        self._end_if_idle()  # the last finder may have been deleted
+        remember_call(module, args, kwargs, output)
+
+
+_watch = _Watch()
 
 
 # Convolutions of other classes may do more to their weight or input than these forwards do.

@@ -358,8 +358,8 @@ def test_a_replaced_convolution_is_found_in_the_next_forward(someone_watches, ex
     for x in batches(3):
         model(x)
     model[0] = nn.Conv2d(4, 4, 3, padding=1).double()
-    for norm in list(convolution._watched):
-        convolution.unwatch(norm)
+    for finder in list(convolution._watch._finders):
+        convolution._watch.discard(finder)
     other = CBN(4) if someone_watches else None
     lengths = []
     for x in batches(4):

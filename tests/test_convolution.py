@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from mmdet_cbn import CBN
-from mmdet_cbn.convolution import ConvCall, follow, is_followed, take_call, unsupported_because
+from mmdet_cbn.convolution import ConvCall, remember_call, take_call, unsupported_because
 
 
 @pytest.fixture(autouse=True)
@@ -24,8 +24,12 @@ def _no_watch_left():
 
 def followed_conv(**kwargs):
     conv = nn.Conv2d(3, 4, 3, **kwargs)
-    follow(conv)
+    conv.register_forward_hook(remember_call, with_kwargs=True)
     return conv
+
+
+def is_followed(conv):
+    return list(conv._forward_hooks.values()) == [remember_call]
 
 
 def test_the_output_is_exchanged_for_convolution_and_input_once():
@@ -67,12 +71,6 @@ def test_no_input_outlives_its_norm():
     assert alive() is None
 
 
-def test_evaluation_remembers_nothing():
-    conv = followed_conv().eval()
-    with torch.no_grad():
-        assert take_call(conv(torch.randn(1, 3, 5, 5))) is None
-
-
 def hooks():
     return len(torch_module._global_forward_hooks)
 
@@ -85,7 +83,20 @@ def test_the_watch_ends_when_every_layer_knows_its_convolution():
         model(torch.randn(2, 3, 4, 4))
     assert hooks() == before
     assert is_followed(model[0]) and is_followed(model[2])
-    assert len(model[0]._forward_hooks) == 1
+
+
+def test_there_are_no_hooks_in_evaluation_and_training_goes_on_after_it():
+    before = hooks()
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), CBN(4, window_size=3))
+    for _ in range(3):
+        model(torch.randn(2, 3, 4, 4))
+    for _ in range(2):
+        model.eval()
+        assert not model[0]._forward_hooks and hooks() == before
+        model.train()
+        assert is_followed(model[0]) and hooks() == before
+        model(torch.randn(2, 3, 4, 4))
+        assert model[1].window_length == 3
 
 
 @pytest.mark.parametrize('norm', [dict(order=0), dict(window_size=1)])
