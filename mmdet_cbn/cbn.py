@@ -165,11 +165,11 @@ class CBN(nn.BatchNorm2d):
                 f'{self._title()} compensates for the change of the convolution that feeds it, but its input is not '
                 f'the output of a convolution that was called just before, unchanged. {self._remedy()}'
             ) from None
-        if found is None or found[2]:
-            self._forget()  # if there is a window, it belongs to another convolution
         if found is None:
             return None
-        conv, conv_input, _ = found
+        conv, conv_input, is_new = found
+        if is_new:
+            self._forget()  # if there is a window, it belongs to another convolution
         reason = unsupported_because(conv)
         if reason is not None:
             raise RuntimeError(

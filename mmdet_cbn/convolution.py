@@ -114,8 +114,10 @@ class ConvFinder:
         if taken is None:
             if self in _watch:
                 raise LookupError
+            self.stop()
+            self._handles.clear()
             self._settled = False
-            _watch.add(self)
+            self.start()
             return None
         conv, input = taken
         is_new = conv not in self._handles

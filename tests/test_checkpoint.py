@@ -1,6 +1,5 @@
 """mmengine's checkpoints load under torch's restricted unpickler, and no checkpoint runs code."""
 
-import os
 import pickle
 import threading
 from functools import partial
@@ -21,7 +20,7 @@ class Evil:
         self.path = str(path)
 
     def __reduce__(self):
-        return os.mkdir, (self.path,)
+        return open, (self.path, 'w')
 
 
 class EvilGetattr(Evil):
@@ -99,11 +98,11 @@ def test_no_checkpoint_runs_code(tmp_path, checkpoint, evil, monkeypatch):
     path, made = tmp_path / 'evil.pth', tmp_path / 'made'
     torch.save(dict(checkpoint, evil=evil(made)), path)
     monkeypatch.setenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '1')
-    with (
-        torch.serialization.safe_globals([os.mkdir, getattr]),
-        pytest.raises(pickle.UnpicklingError, match=r'evil\.pth was not loaded.*(mkdir|getattr)'),
-    ):
-        CheckpointLoader.load_checkpoint(str(path), 'cpu')
+    with torch.serialization.safe_globals([open, getattr]):
+        declared = set(torch.serialization.get_safe_globals())
+        with pytest.raises(pickle.UnpicklingError, match=r'evil\.pth was not loaded.*(open|getattr)'):
+            CheckpointLoader.load_checkpoint(str(path), 'cpu')
+        assert set(torch.serialization.get_safe_globals()) == declared
     assert not made.exists()
     if evil is Evil:
         torch.load(path, weights_only=False)
