@@ -10,6 +10,7 @@ import pytest
 import torch
 from mmcv.cnn import ConvModule, ConvWS2d, build_norm_layer, fuse_conv_bn
 from mmdet.models.backbones.resnet import BasicBlock, Bottleneck
+from mmengine.optim import build_optim_wrapper
 from oracle import OracleCBN
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -233,6 +234,21 @@ def test_build_norm_layer_builds_it_like_a_batchnorm():
     assert (layer.window_size, layer.order, layer.eps) == (2, 0, 1e-5)
     assert not any(p.requires_grad for p in layer.parameters())
     assert 'window_size=2, order=0' in repr(layer)
+
+
+def test_paramwise_cfg_treats_it_as_the_norm_that_it_is():
+    model = conv_and_norm(conv=dict(kernel_size=3, bias=True))
+    wrapper = build_optim_wrapper(
+        model,
+        dict(
+            optimizer=dict(type='SGD', lr=0.1, weight_decay=0.5),
+            paramwise_cfg=dict(norm_decay_mult=0.0, bias_lr_mult=2.0),
+        ),
+    )
+    settings = {id(group['params'][0]): (group['lr'], group['weight_decay']) for group in wrapper.param_groups}
+    conv, norm = model
+    assert [settings[id(p)] for p in norm.parameters()] == [(0.1, 0), (0.1, 0)]
+    assert [settings[id(p)] for p in conv.parameters()] == [(0.1, 0.5), (0.2, 0.5)]
 
 
 class TorchvisionStyle(nn.Module):

@@ -1,5 +1,7 @@
 """Each config builds, and has the paper's normalizers, trainable parts and schedule (section 4.2)."""
 
+import re
+
 import pytest
 from conftest import ROOT
 from mmdet.registry import MODELS
@@ -32,6 +34,15 @@ def build(config):
 
 def norms(module):
     return [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm | nn.GroupNorm)]
+
+
+def test_the_config_in_the_readme_builds():
+    (snippet,) = re.findall(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.DOTALL)
+    config = Config.fromstring(snippet, '.py')
+    init_default_scope('mmdet')
+    model = build(config)
+    assert sum(isinstance(m, CBN) and m.training for m in model.modules()) == 42 + 8 + 4
+    assert config.custom_hooks[0].type == 'CBNBurnInHook'
 
 
 def test_every_config_is_tested():
