@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import subprocess
 import sys
 
@@ -70,6 +71,12 @@ def test_mmdets_own_tool_trains_through_custom_imports(run):
     assert 'CBN: 32 layers in training, window size 4, order 1; burn-in ends after epoch 1.' in log
 
 
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(('127.0.0.1', 0))
+        return listener.getsockname()[1]
+
+
 def test_distributed_training_and_testing(run, tmp_path):
     """Two processes on the CPU. mmengine's launcher chooses a GPU for each process, which is all that has to be kept
     from it where there is none."""
@@ -80,7 +87,7 @@ def test_distributed_training_and_testing(run, tmp_path):
         'model_wrapper_cfg.device_ids=None',
         'train_cfg.max_epochs=2',
     )
-    environment = dict(PORT='29631', OMP_NUM_THREADS='1', PYTHONPATH=str(tmp_path))
+    environment = dict(PORT=str(free_port()), OMP_NUM_THREADS='1', PYTHONPATH=str(tmp_path))
     log = run(ROOT / 'tools/dist_train.sh', CONFIG, 2, '--work-dir', 'run', *SMALL_RUN, *on_cpu, **environment)
     assert re.findall(r'Epoch\(train\) +\[2\]\[2/2\].*cbn_window: (\d)', log) == ['2']
     log = run(ROOT / 'tools/dist_test.sh', CONFIG, 'run/epoch_2.pth', 2, *SMALL_RUN, *on_cpu, **environment)
