@@ -20,6 +20,11 @@ from .statistics import (
 )
 from .window import Window
 
+_REMEDY = (
+    "Use order=0 (Naive CBN), which needs no convolution, or type='BN', in the norm_cfg of this layer; "
+    'or call the layer as norm(conv(x)) with a torch.nn.Conv2d.'
+)
+
 
 @MODELS.register_module()
 class CBN(nn.BatchNorm2d):
@@ -163,7 +168,7 @@ class CBN(nn.BatchNorm2d):
         except LookupError:
             raise RuntimeError(
                 f'{self._title()} compensates for the change of the convolution that feeds it, but its input is not '
-                f'the output of a convolution that was called just before, unchanged. {self._remedy()}'
+                f'the output of a convolution that was called just before, unchanged. {_REMEDY}'
             ) from None
         if found is None:
             return None
@@ -174,7 +179,7 @@ class CBN(nn.BatchNorm2d):
         if reason is not None:
             raise RuntimeError(
                 f'{self._title()} cannot compensate for the change of the convolution that feeds it, because {reason}. '
-                f'{self._remedy()}'
+                f'{_REMEDY}'
             )
         return conv, conv_input  # type: ignore[return-value]
 
@@ -230,12 +235,6 @@ class CBN(nn.BatchNorm2d):
             # The cumulative average divides on the device: a Python number would make the host wait for it.
             weight = 1 / self.num_batches_tracked.to(running.dtype) if self.momentum is None else self.momentum
             running.lerp_(current.to(running.dtype), weight)
-
-    def _remedy(self) -> str:
-        return (
-            "Use order=0 (Naive CBN), which needs no convolution, or type='BN', in the norm_cfg of this layer; "
-            'or call the layer as norm(conv(x)) with a torch.nn.Conv2d.'
-        )
 
     def _title(self) -> str:
         return f"CBN layer '{_qualified_name(self)}' ({self})"

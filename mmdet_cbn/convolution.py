@@ -122,7 +122,8 @@ class ConvFinder:
         conv, input = taken
         is_new = conv not in self._handles
         if is_new:
-            self._handles[conv] = conv.register_forward_hook(remember_call, with_kwargs=True)
+            self._handles[conv] = None
+            self.start()
         elif not self._settled:
             # It has come round again, so by now all that feed the norm in one iteration have been seen.
             self._settled = True

@@ -42,12 +42,14 @@ def write_shapes(
     if min(size) < 64:
         raise ValueError(f'size must be at least 64 x 64 pixels, got {size[0]} x {size[1]}')
     root = Path(root)
-    for number, (split, count) in enumerate(images.items()):
-        if count < 1:
-            raise ValueError(f'images must be at least 1 in each split, got {count} for {split}')
-        annotation_file = root / 'annotations' / f'instances_{split}2017.json'
+    annotation_files = {split: root / 'annotations' / f'instances_{split}2017.json' for split in images}
+    for split, annotation_file in annotation_files.items():
+        if images[split] < 1:
+            raise ValueError(f'images must be at least 1 in each split, got {images[split]} for {split}')
         if annotation_file.exists() and _description(annotation_file) != DESCRIPTION:
             raise FileExistsError(f'{annotation_file} was not written by this tool; name another folder')
+
+    for number, (split, annotation_file) in enumerate(annotation_files.items()):
         image_dir = root / f'{split}2017'
         for folder in (annotation_file.parent, image_dir):
             folder.mkdir(parents=True, exist_ok=True)
@@ -58,7 +60,7 @@ def write_shapes(
             annotations=[],
         )
         rng = np.random.default_rng([seed, number])
-        for image_id in range(1, count + 1):
+        for image_id in range(1, images[split] + 1):
             picture, annotations = _draw(rng, size)
             file_name = f'{image_id:012d}.png'
             cv2.imwrite(str(image_dir / file_name), picture)
@@ -67,7 +69,7 @@ def write_shapes(
                 dataset['annotations'].append(dict(id=len(dataset['annotations']) + 1, image_id=image_id, **annotation))
         annotation_file.write_text(json.dumps(dataset), encoding='utf-8')
         crowds = sum(annotation['iscrowd'] for annotation in dataset['annotations'])
-        progress(f'{split}: {count} images, {len(dataset["annotations"])} objects, {crowds} of them crowds')
+        progress(f'{split}: {images[split]} images, {len(dataset["annotations"])} objects, {crowds} of them crowds')
 
 
 def _description(annotation_file: Path) -> Any:

@@ -75,8 +75,9 @@ def test_annotations_of_someone_else_are_left_alone(tmp_path, content):
     file.parent.mkdir()
     file.write_text(content)
     with pytest.raises(FileExistsError, match=r'instances_train2017\.json was not written by this tool'):
-        write_shapes(tmp_path, {'train': 1})
+        write_shapes(tmp_path, {'val': 1, 'train': 1})
     assert file.read_text() == content
+    assert list(tmp_path.rglob('*.*')) == [file], 'nothing is written before all is checked'
 
 
 @pytest.mark.parametrize(

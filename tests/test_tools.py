@@ -60,7 +60,6 @@ def test_train_resume_and_test(run, tmp_path):
         '--show-dir',
         'pictures',
         *SMALL_RUN,
-        'default_hooks.visualization.interval=1',
     )
     assert 'Average Precision  (AP) @[ IoU=0.50:0.95' in log
     assert len(list(tmp_path.glob('work_dirs/*/*/pictures/**/*.png'))) == 4

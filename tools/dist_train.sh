@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Train on the GPUs of this node: dist_train.sh CONFIG GPUS [ARGUMENTS OF train.py]
 # On several nodes, run it on each with NNODES, NODE_RANK, MASTER_ADDR and, for a port other than 29500, PORT set.
-set -eu
-[ $# -ge 2 ] || { sed -n '2,/^set/{/^#/s/^# *//p}' "$0" >&2; exit 2; }
+. "$(dirname "$0")/launch.sh"
+needs 2 "$@"
 config=$1 gpus=$2
 shift 2
-exec "$(dirname "$0")/launch.sh" pytorch "$gpus" train.py "$config" "$@"
+with_torchrun "$gpus" train.py "$config" "$@"

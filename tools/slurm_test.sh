@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Test with Slurm: slurm_test.sh PARTITION JOB_NAME CONFIG CHECKPOINT [ARGUMENTS OF test.py]
 # GPUS (4), GPUS_PER_NODE (4), CPUS_PER_TASK (5) and SRUN_ARGS may be set.
-set -eu
-[ $# -ge 4 ] || { sed -n '2,/^set/{/^#/s/^# *//p}' "$0" >&2; exit 2; }
+. "$(dirname "$0")/launch.sh"
+needs 4 "$@"
 partition=$1 job=$2 config=$3 checkpoint=$4
 shift 4
-exec "$(dirname "$0")/launch.sh" slurm "$partition" "$job" test.py "$config" "$checkpoint" "$@"
+with_srun "$partition" "$job" test.py "$config" "$checkpoint" "$@"
