@@ -44,3 +44,23 @@ def check_real(owner: str, name: str, value: Any, allowed: str, is_allowed: Call
         raise TypeError(f'{owner}: {name} must be {allowed}, got {value!r} of type {type(value).__name__}')
     if not is_allowed(float(value)):
         raise ValueError(f'{owner}: {name} must be {allowed}, got {value}')
+
+
+def check_names(owner: str, name: str, value: Any) -> None:
+    """Raise unless ``value`` is a str, a list or tuple of one or more, or None.
+
+    Args:
+        owner: Class that was given the argument.
+        name: Name of the argument.
+        value: What came.
+
+    Raises:
+        TypeError: Something else.
+        ValueError: An empty list or tuple.
+    """
+    if value is None or isinstance(value, str):
+        return
+    if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+        raise TypeError(f'{owner}: {name} must be a name, a list of names or None, got {value!r}')
+    if not value:
+        raise ValueError(f'{owner}: {name} must hold at least one name, got {value!r}; None stands for all')

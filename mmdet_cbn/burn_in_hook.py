@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import SyncBatchNorm
 
 from .arguments import check_int
 from .cbn import CBN
+from .conversion import active_norms
 from .window import suggested_window_size
 
 
@@ -57,10 +58,8 @@ class CBNBurnInHook(Hook):
                 f'the train dataloader has {len(runner.train_dataloader)} iterations an epoch.'
             )
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        # As the training loop will do next; which layers norm_eval and frozen_stages leave in training is known then.
-        model.train()
         found = [module for module in model.modules() if isinstance(module, CBN)]
-        self._layers = [layer for layer in found if layer.training]
+        self._layers = [norm for norm in active_norms(model).values() if isinstance(norm, CBN)]
         if not self._layers:
             raise RuntimeError(f'CBNBurnInHook: {_why_there_is_none(found, model, runner.cfg)}')
         for layer in found:

@@ -1,13 +1,15 @@
 """The normalizer: Cross-Iteration Batch Normalization (Yao et al., Cross-Iteration Batch Normalization)."""
 
 import sys
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, TypeVar
 
 import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from .arguments import check_int, check_real
+from .arguments import check_int, check_names, check_real
+from .conversion import active_norms, become, under
 from .convolution import ConvCall, ConvFinder, unsupported_because
 from .normalization import WindowNorm
 from .statistics import (
@@ -19,6 +21,8 @@ from .statistics import (
     window_statistics,
 )
 from .window import Window
+
+Model = TypeVar('Model', bound=nn.Module)
 
 _REMEDY = (
     "Use order=0 (Naive CBN), which needs no convolution, or type='BN', in the norm_cfg of this layer; "
@@ -96,6 +100,39 @@ class CBN(nn.BatchNorm2d):
         self.window_length = 0
         self._finder = ConvFinder()
         self.window_size = window_size
+
+    @classmethod
+    def convert_batchnorm(cls, module: Model, prefixes: str | Sequence[str] | None = None, **arguments: Any) -> Model:
+        """Make the active BatchNorms of a built model CBN, as ``SyncBatchNorm.convert_sync_batchnorm`` does.
+
+        For models that know no ``norm_cfg``. Active are those that train: not the ones that ``module.train()`` itself
+        puts into evaluation (mmdet's ``norm_eval`` and ``frozen_stages``), nor those that are in evaluation while
+        ``module`` is in training. The layers change in place and keep parameters, statistics, hooks and mode, so an
+        optimizer made before keeps them too.
+
+        Args:
+            module: A model with ``nn.BatchNorm2d`` or ``nn.SyncBatchNorm`` layers, or one of them itself.
+            prefixes: Names of the parts to convert, as in ``named_modules``; None for all.
+            **arguments: ``window_size`` and ``order`` of the new layers; their other arguments are the old layers'.
+
+        Returns:
+            ``module``.
+
+        Raises:
+            TypeError: An argument of the wrong type.
+            ValueError: No active BatchNorm in the model, or none under one of the prefixes; or a value that is not
+                allowed.
+        """
+        check_names('CBN.convert_batchnorm', 'prefixes', prefixes)
+        found = {
+            name: norm
+            for name, norm in active_norms(module).items()
+            if isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm) and not isinstance(norm, CBN)
+        }
+        for norm in under(prefixes, found, 'CBN.convert_batchnorm').values():
+            shared = (norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+            become(norm, cls(*shared, **arguments))
+        return module
 
     @property
     def window_size(self) -> int | Literal['auto']:

@@ -68,10 +68,17 @@ def take_call(output: Tensor) -> tuple[_ConvNd, Tensor] | None:
         None where the last call was another one, was not remembered, or ``output`` has been modified in place.
     """
     call: _Remembered | None = getattr(_last, 'call', None)
-    if call is None or call.output() is not output or call.version != output._version:
+    if call is None or not _are_one(call.output(), output) or call.version != output._version:
         return None
     _last.call = None
     return call.conv, call.input
+
+
+def _are_one(returned: Tensor | None, output: Tensor) -> bool:
+    """Whether the two are one tensor, or the latter the whole of the former: a full backward hook makes such a view."""
+    if returned is output or returned is None:
+        return returned is output
+    return output._base is returned and (output.shape, output.stride()) == (returned.shape, returned.stride())
 
 
 class ConvFinder:

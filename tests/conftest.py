@@ -1,16 +1,59 @@
-"""What several test files share: drawn images, and runs of configs cut down to seconds."""
+"""What several test files share: drawn images, and runs cut down to seconds, of a tiny model and of configs."""
 
+from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.dataset import DefaultSampler
+from mmengine.model import BaseModel
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
+from torch import nn
 
+from mmdet_cbn import CBN
 from mmdet_cbn.shapes import write_shapes
 
 ROOT = Path(__file__).parents[1]
+_runs = count()  # mmengine wants a new name for each Runner of a process
+
+
+class Net(BaseModel):
+    """A convolution and a norm; notes the window length of each iteration."""
+
+    def __init__(self, norm=None):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.norm = norm or CBN(4, window_size=3)
+        self.lengths = []
+
+    def forward(self, inputs, mode='tensor'):
+        y = self.norm(self.conv(torch.stack(inputs)))
+        self.lengths.append(getattr(self.norm, 'window_length', None))
+        return dict(loss=y.square().sum() + y.sum())
+
+
+def runner_for(tmp_path, model, hook, epochs=4, batch_size=1, train_cfg=None, **kwargs):
+    """A Runner that trains ``model`` on four images, which are four iterations an epoch."""
+    generator = torch.Generator().manual_seed(0)
+    images = [dict(inputs=torch.randn(3, 6, 6, generator=generator)) for _ in range(4)]
+    return Runner(
+        model=model,
+        work_dir=str(tmp_path),
+        train_dataloader=dict(
+            dataset=images,
+            batch_size=batch_size,
+            sampler=dict(type=DefaultSampler, shuffle=False),
+            collate_fn=dict(type='pseudo_collate'),
+        ),
+        train_cfg=train_cfg or dict(by_epoch=True, max_epochs=epochs),
+        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01, momentum=0.9)),
+        default_hooks=dict(logger=dict(type='LoggerHook', interval=1)),
+        custom_hooks=[hook] if hook else [],
+        experiment_name=f'tiny-{next(_runs)}',
+        **kwargs,
+    )
 
 
 @pytest.fixture(autouse=True, scope='session')
@@ -55,7 +98,7 @@ def build_runner(shapes_root, tmp_path, monkeypatch):
                 'model.backbone.init_cfg': None,
                 'default_hooks.logger.interval': 1,
                 'randomness': dict(seed=0),
-                'experiment_name': f'{tmp_path.name}-{len(list(tmp_path.rglob("*.log")))}',
+                'experiment_name': f'config-{next(_runs)}',
                 **options,
             }
         )

@@ -4,27 +4,11 @@ import logging
 
 import pytest
 import torch
-from mmengine.dataset import DefaultSampler
-from mmengine.model import BaseModel, convert_sync_batchnorm
-from mmengine.runner import Runner
+from conftest import Net, runner_for
+from mmengine.model import convert_sync_batchnorm
 from torch import nn
 
 from mmdet_cbn import CBN, CBNBurnInHook
-
-
-class Net(BaseModel):
-    """Four images an epoch are four iterations; notes the window lengths of each."""
-
-    def __init__(self, norm=None):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3)
-        self.norm = norm or CBN(4, window_size=3)
-        self.lengths = []
-
-    def forward(self, inputs, mode='tensor'):
-        y = self.norm(self.conv(torch.stack(inputs)))
-        self.lengths.append(getattr(self.norm, 'window_length', None))
-        return dict(loss=y.square().sum() + y.sum())
 
 
 class FrozenNet(Net):
@@ -32,26 +16,6 @@ class FrozenNet(Net):
         super().train(mode)
         self.norm.eval()
         return self
-
-
-def runner_for(tmp_path, model, hook, epochs=4, batch_size=1, train_cfg=None, **kwargs):
-    images = [dict(inputs=torch.randn(3, 6, 6)) for _ in range(4)]
-    return Runner(
-        model=model,
-        work_dir=str(tmp_path),
-        train_dataloader=dict(
-            dataset=images,
-            batch_size=batch_size,
-            sampler=dict(type=DefaultSampler, shuffle=False),
-            collate_fn=dict(type='pseudo_collate'),
-        ),
-        train_cfg=train_cfg or dict(by_epoch=True, max_epochs=epochs),
-        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01)),
-        default_hooks=dict(logger=dict(type='LoggerHook', interval=1)),
-        custom_hooks=[hook],
-        experiment_name=f'{tmp_path.name}-{id(model)}',
-        **kwargs,
-    )
 
 
 EPOCHS = dict(type='CBNBurnInHook', burn_in_epochs=2)

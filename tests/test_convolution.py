@@ -45,10 +45,22 @@ def test_an_input_given_by_name_is_found():
     assert take_call(conv(input=inputs))[1] is inputs
 
 
-@pytest.mark.parametrize('change', [torch.relu, torch.relu_, lambda y: y[:], lambda y: y.add_(1)])
+@pytest.mark.parametrize(
+    'change', [torch.relu, torch.relu_, lambda y: y[:, :, 1:], lambda y: y.mT, lambda y: y.add_(1)]
+)
 def test_anything_but_the_very_output_is_refused(change):
     with torch.no_grad():
         assert take_call(change(followed_conv()(torch.randn(1, 3, 5, 5)))) is None
+
+
+@pytest.mark.parametrize('hooked', [0, 1])
+def test_a_full_backward_hook_between_the_two_is_no_hindrance(hooked):
+    """It makes a view of the whole output."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), CBN(4))
+    model[hooked].register_full_backward_hook(lambda module, grad_input, grad_output: None)
+    for _ in range(3):
+        model(torch.randn(1, 3, 5, 5)).sum().backward()
+    assert model[1].window_length == 3
 
 
 def test_a_call_of_another_thread_is_not_taken():

@@ -1,0 +1,151 @@
+"""Batch Renormalization, the row BRN of the paper's Table 5.
+
+S. Ioffe, Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models, 2017.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+from .arguments import check_int, check_real
+from .statistics import batch_statistics
+
+
+@MODELS.register_module()
+class BRN(nn.BatchNorm2d):
+    """Batch normalization, corrected in training by how far the batch is from the running statistics.
+
+    With the batch's mean mu_B and deviation sigma_B and the running ones mu and sigma (Algorithm 1 of that paper)::
+
+        r = sigma_B / sigma, clipped to [1 / r_max, r_max]
+        d = (mu_B - mu) / sigma, clipped to [-d_max, d_max]
+        y = gamma ((x - mu_B) / sigma_B r + d) + beta
+
+    No gradient goes through r and d. Both limits start as BatchNorm's own (r_max = 1, d_max = 0) and grow linearly; the
+    steps are counted by ``num_batches_tracked``, so a resumed run goes on where it was. Where that counter comes from a
+    checkpoint of a BatchNorm, the limits are those of its count.
+
+    Evaluation, parameters and checkpoints are those of ``nn.BatchNorm2d``. As that paper has it, the running average is
+    taken of the deviation, not of the variance, and of the biased one: ``running_var`` holds sigma^2 - eps.
+
+    Args:
+        num_features: C of an input of [N, C, H, W].
+        eps: Added to the variance.
+        momentum: Weight of the current batch in the running statistics; that paper's 0.01, not BatchNorm's 0.1. None
+            for their cumulative average.
+        affine: Whether to learn gamma and beta.
+        track_running_stats: As in BatchNorm; must be True.
+        r_max: Last limit of r, at least 1.
+        d_max: Last limit of d, at least 0.
+        r_steps: The training steps from and to which the limit of r grows from 1 to ``r_max``.
+        d_steps: The training steps from and to which the limit of d grows from 0 to ``d_max``.
+        device: Of parameters and buffers, as in torch.
+        dtype: Of parameters and buffers, as in torch.
+
+    Shape:
+        [N, C, H, W] to [N, C, H, W].
+
+    Raises:
+        TypeError: An argument of the wrong type.
+        ValueError: An argument of a value that is not allowed; in training, one value a channel, as in torch.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.01,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        r_max: float = 3.0,
+        d_max: float = 5.0,
+        r_steps: tuple[int, int] = (5000, 40000),
+        d_steps: tuple[int, int] = (5000, 25000),
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        check_int('BRN', 'num_features', num_features, at_least=1)
+        check_real('BRN', 'eps', eps, 'a number > 0', lambda value: value > 0)
+        if momentum is not None:
+            check_real('BRN', 'momentum', momentum, 'a number from 0 to 1 or None', lambda value: 0 <= value <= 1)
+        if track_running_stats is not True:
+            raise ValueError(
+                'BRN: track_running_stats must be True, for the batch is corrected towards the running statistics, '
+                f'got {track_running_stats!r}'
+            )
+        check_real('BRN', 'r_max', r_max, 'a number >= 1', lambda value: value >= 1)
+        check_real('BRN', 'd_max', d_max, 'a number >= 0', lambda value: value >= 0)
+        _check_steps('r_steps', r_steps)
+        _check_steps('d_steps', d_steps)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        self.r_max, self.d_max = r_max, d_max
+        self.r_steps, self.d_steps = tuple(r_steps), tuple(d_steps)
+        self._correction: tuple[Tensor, Tensor] | None = None
+
+    def extra_repr(self) -> str:
+        return (
+            f'{super().extra_repr()}, r_max={self.r_max}, d_max={self.d_max}, '
+            f'r_steps={self.r_steps}, d_steps={self.d_steps}'
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize ``input``, [N, C, H, W]."""
+        if not self.training or input.numel() == 0:
+            return super().forward(input)
+        self._check_input_dim(input)
+        with torch.no_grad():
+            # A checkpointed block runs for a second time inside the backward pass; that is still the same step.
+            second_run = torch._C._current_graph_task_id() != -1
+            mean, var = batch_statistics(input)
+            deviation = (var + self.eps).sqrt()
+            if self._correction is None or not second_run:
+                self._correction = self._corrections(mean, deviation)
+            r, d = self._correction
+        # gamma (xhat r + d) + beta is BatchNorm with other coefficients, and r and d are constant to autograd.
+        gamma, beta = (r, d) if self.weight is None else (self.weight * r, self.weight * d)
+        if self.bias is not None:
+            beta = beta + self.bias
+        y = F.batch_norm(input, None, None, gamma, beta, training=True, eps=self.eps)
+        if not second_run:
+            self._update_running_statistics(mean, deviation)
+        return y
+
+    def _corrections(self, mean: Tensor, deviation: Tensor) -> tuple[Tensor, Tensor]:
+        """r and d, [C] each."""
+        running_mean, running_var, steps = self._running()
+        running_deviation = (running_var + self.eps).sqrt()
+        # On the device, lest the host wait for the count.
+        r_progress, d_progress = (
+            (steps - first).to(mean.dtype).div(last - first).clamp(0, 1) for first, last in (self.r_steps, self.d_steps)
+        )
+        r_max = 1 + (self.r_max - 1) * r_progress
+        d_max = self.d_max * d_progress
+        r = (deviation / running_deviation).clamp(1 / r_max, r_max)
+        d = ((mean - running_mean) / running_deviation).clamp(-d_max, d_max)
+        return r, d
+
+    @torch.no_grad()
+    def _update_running_statistics(self, mean: Tensor, deviation: Tensor) -> None:
+        running_mean, running_var, steps = self._running()
+        steps.add_(1)
+        weight = 1 / steps.to(running_mean.dtype) if self.momentum is None else self.momentum
+        running_mean.lerp_(mean.to(running_mean.dtype), weight)
+        running_deviation = (running_var + self.eps).sqrt()
+        change = (deviation.to(running_var.dtype) - running_deviation) * weight
+        # (sigma + change)^2 - sigma^2
+        running_var.add_(change * (2 * running_deviation + change)).clamp_(min=0)
+
+    def _running(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.running_mean, self.running_var, self.num_batches_tracked  # type: ignore[return-value]
+
+
+def _check_steps(name: str, steps: Any) -> None:
+    if not isinstance(steps, tuple | list) or len(steps) != 2:
+        raise TypeError(f'BRN: {name} must be two ints (first step, last step), got {steps!r}')
+    for step in steps:
+        check_int('BRN', f'each of {name}', step, at_least=0)
+    if steps[0] >= steps[1]:
+        raise ValueError(f'BRN: {name} must be two ints of which the second is larger, got {tuple(steps)}')

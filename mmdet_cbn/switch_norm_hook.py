@@ -1,0 +1,105 @@
+"""Training with one normalizer at first and another one later (Table 7: BN, then SyncBN)."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mmcv.cnn import build_norm_layer
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS
+from mmengine.runner import IterBasedTrainLoop, Runner
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .arguments import check_int, check_names
+from .conversion import active_norms, become, under
+
+
+@HOOKS.register_module()
+class SwitchNormHook(Hook):
+    """Turns the active normalizers of one type into another when an epoch begins (Table 7, section 4.3).
+
+    Weights, running statistics, hooks and the state of the optimizer stay: the layers change in place. A checkpoint has
+    the same keys before and after, and a resumed run has the normalizer of its epoch. Layers that are not in training
+    (``norm_eval``, ``frozen_stages``) stay what they are, and so does the copy of an EMAHook, which is only evaluated.
+
+    Args:
+        epoch: How many epochs are trained before the switch, as in mmengine's ``milestones`` and mmdet's
+            ``PipelineSwitchHook``: with 8 it comes when the ninth epoch begins.
+        to: Type of the new normalizer in mmengine's registry, or a ``norm_cfg`` with further arguments. What it does
+            not give of eps, momentum, affine and track_running_stats is the old layer's.
+        source: Type of the normalizers to be switched; subclasses of it are others.
+        prefixes: Names of the modules to switch in, as ``'roi_head'``; None for all.
+
+    Raises:
+        TypeError: An argument of the wrong type.
+        ValueError: A negative epoch, a type that is not registered or is none of BatchNorm's kind; when training
+            begins, no active layer of type ``source``, or none under one of the prefixes.
+        RuntimeError: When training begins, if the training loop counts no epochs.
+    """
+
+    def __init__(
+        self,
+        epoch: int,
+        to: str | dict[str, Any] = 'SyncBN',
+        source: str = 'BN',
+        prefixes: str | Sequence[str] | None = None,
+    ) -> None:
+        check_int('SwitchNormHook', 'epoch', epoch, at_least=0)
+        self.epoch = epoch
+        check_names('SwitchNormHook', 'prefixes', prefixes)
+        self.to: dict[str, Any] = to if isinstance(to, dict) else dict(type=to)
+        # That they can be built is seen now, not in the middle of training.
+        become(_build('source', dict(type=source), nn.BatchNorm2d(1)), _build('to', self.to, nn.BatchNorm2d(1)))
+        self.source = source
+        self.prefixes = prefixes
+        self._layers: list[_BatchNorm] = []
+
+    def before_train(self, runner: Runner) -> None:
+        """Say what will happen, or why nothing can."""
+        if isinstance(runner.train_loop, IterBasedTrainLoop):
+            raise RuntimeError(
+                f'SwitchNormHook: epoch={self.epoch} would never come, because IterBasedTrainLoop counts no epochs. '
+                'Train by epochs.'
+            )
+        self._layers = list(self._find(runner).values())
+        runner.logger.info(
+            f'SwitchNormHook: {len(self._layers)} layers are {self.source} for the first {self.epoch} epochs, '
+            f'then {self.to["type"]}.'
+        )
+        if self.epoch >= runner.max_epochs:
+            runner.logger.warning(
+                f'SwitchNormHook: the switch after {self.epoch} epochs will not come in a training of '
+                f'{runner.max_epochs}.'
+            )
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        """Switch, if it is time and has not been done."""
+        if runner.epoch < self.epoch or not self._layers:
+            return
+        for layer in self._layers:
+            become(layer, _build('to', self.to, layer))
+        runner.logger.info(
+            f'SwitchNormHook: after {runner.epoch} epochs, {len(self._layers)} layers of {self.source} became '
+            f'{self.to["type"]}.'
+        )
+        self._layers = []
+
+    def _find(self, runner: Runner) -> Mapping[str, _BatchNorm]:
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        source = type(_build('source', dict(type=self.source), nn.BatchNorm2d(1)))
+        of_type = {name: norm for name, norm in active_norms(model).items() if type(norm) is source}
+        return under(self.prefixes, of_type, f'SwitchNormHook: source={self.source!r}')
+
+
+def _build(argument: str, norm_cfg: Any, like: _BatchNorm) -> _BatchNorm:
+    """A normalizer with what ``norm_cfg`` gives, the rest as in ``like``."""
+    shared = {name: getattr(like, name) for name in ('eps', 'momentum', 'affine', 'track_running_stats')}
+    try:
+        layer = build_norm_layer({**shared, **norm_cfg}, like.num_features)[1]
+    except (KeyError, TypeError, AssertionError) as error:
+        raise ValueError(
+            f'SwitchNormHook: {argument} must be a registered normalizer with the arguments of BatchNorm, '
+            f'got {norm_cfg!r} ({error})'
+        ) from error
+    return layer

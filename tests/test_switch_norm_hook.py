@@ -1,0 +1,191 @@
+"""The normalizers change when their epoch begins, and nothing else does: neither weights nor optimizer nor DDP."""
+
+import os
+
+import pytest
+import torch
+from conftest import Net, runner_for
+from mmengine.hooks import Hook
+from mmengine.registry import MODELS
+from torch import distributed, multiprocessing, nn
+from torch.distributed.nn.functional import all_reduce
+
+from mmdet_cbn import BRN, CBN, SwitchNormHook
+
+
+class Notes(Hook):
+    """Notes the type of the norm and the state of training, before and after each epoch."""
+
+    priority = 'LOWEST'
+
+    def __init__(self):
+        self.types, self.before, self.after = [], [], []
+
+    def state(self, runner):
+        optimizer = runner.optim_wrapper.optimizer
+        momenta = [optimizer.state[p].get('momentum_buffer') for p in runner.model.parameters()]
+        tensors = [*runner.model.state_dict().values(), *(m for m in momenta if m is not None)]
+        return [tensor.clone() for tensor in tensors]
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        norm = getattr(runner.model, 'module', runner.model).norm
+        self.types.append(type(norm))
+        if batch_idx == 0:
+            self.before.append(self.state(runner))
+
+    def after_train_epoch(self, runner):
+        self.after.append(self.state(runner))
+
+
+def bn_net():
+    torch.manual_seed(0)
+    return Net(nn.BatchNorm2d(4))
+
+
+def train(tmp_path, hook, epochs=4, **kwargs):
+    model, notes = bn_net(), Notes()
+    runner = runner_for(tmp_path, model, hook, epochs=epochs, **kwargs)
+    runner.register_hook(notes)
+    runner.train()
+    return runner, notes
+
+
+def test_where_the_two_compute_the_same_training_goes_on_as_if_nothing_had_happened(tmp_path):
+    """SyncBN of a single process is BN."""
+    runner, notes = train(tmp_path, dict(type='SwitchNormHook', epoch=2))
+    _, untouched = train(tmp_path / 'untouched', None)
+    assert notes.types == [nn.BatchNorm2d] * 8 + [MODELS.get('SyncBN')] * 8
+    assert len(notes.after[-1]) == 2 + 5 + 4, 'weights, statistics and the momentum of each parameter'
+    torch.testing.assert_close(notes.after, untouched.after, rtol=0, atol=0)
+    log = next(tmp_path.glob('2*/*.log')).read_text()
+    assert log.count('1 layers are BN for the first 2 epochs, then SyncBN.') == 1
+    assert log.count('after 2 epochs, 1 layers of BN became SyncBN.') == 1
+    assert runner.model.norm.process_group is None
+
+
+@pytest.mark.parametrize('to', ['BRN', 'CBN', dict(type='CBN', window_size=2, order=0, requires_grad=True)])
+def test_weights_momentum_and_statistics_cross_the_switch(tmp_path, to):
+    runner, notes = train(tmp_path, dict(type='SwitchNormHook', epoch=2, to=to))
+    kind = BRN if to == 'BRN' else CBN
+    assert notes.types == [nn.BatchNorm2d] * 8 + [kind] * 8
+    torch.testing.assert_close(notes.before[2], notes.after[1], rtol=0, atol=0)
+    assert not any(torch.equal(a, b) for a, b in zip(notes.before[2], notes.after[2], strict=True)), 'all go on'
+    if kind is CBN:
+        window = to['window_size'] if isinstance(to, dict) else 4
+        assert runner.model.lengths == [None] * 8 + [min(i, window) for i in range(1, 9)]
+    assert (runner.model.norm.momentum, runner.model.norm.eps) == (0.1, 1e-5), "the old layer's"
+
+
+@pytest.mark.parametrize('to', ['SyncBN', 'BRN'])
+@pytest.mark.parametrize('stop_after', [1, 2, 3])
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, to, stop_after):
+    hook = dict(type='SwitchNormHook', epoch=2, to=to)
+    _, whole = train(tmp_path / 'whole', hook)
+    train(tmp_path / 'parts', hook, epochs=stop_after)
+    _, rest = train(tmp_path / 'parts', hook, resume=True)
+    assert rest.types == whole.types[4 * stop_after :]
+    torch.testing.assert_close(rest.after[-1], whole.after[-1], rtol=0, atol=0)
+
+
+def test_only_layers_in_training_of_the_type_and_under_the_prefixes_change(tmp_path):
+    model = bn_net()
+    model.a = nn.Sequential(nn.BatchNorm2d(2), CBN(2))
+    model.b = nn.Sequential(nn.BatchNorm2d(2), nn.BatchNorm2d(2))
+    model.b[0].eval()
+    runner = runner_for(tmp_path, model, None)
+    hook = SwitchNormHook(1, prefixes=['a', 'b'])
+    hook.before_train(runner)
+    runner.train_loop._epoch = 1
+    hook.before_train_epoch(runner)
+    types = [type(m) for m in (model.norm, *model.a, *model.b)]
+    sync = MODELS.get('SyncBN')
+    assert types == [nn.BatchNorm2d, sync, CBN, nn.BatchNorm2d, sync]
+
+
+def test_a_switch_that_does_not_come_is_a_warning(tmp_path):
+    train(tmp_path, dict(type='SwitchNormHook', epoch=1), epochs=1)
+    log = next(tmp_path.glob('*/*.log')).read_text()
+    assert 'the switch after 1 epochs will not come in a training of 1' in log
+
+
+@MODELS.register_module()
+class GlooSyncBN(nn.BatchNorm2d):
+    """Normalizes over all processes, on the CPU, where torch's own refuses to."""
+
+    def forward(self, input):
+        moments = torch.stack([input.mean(dim=(0, 2, 3)), input.square().mean(dim=(0, 2, 3))])
+        mean, square = all_reduce(moments) / distributed.get_world_size()
+        var = square - mean.square()
+        self.running_mean.lerp_(mean.detach(), self.momentum)
+        self.running_var.lerp_(var.detach(), self.momentum)
+        self.num_batches_tracked.add_(1)
+        mean, var, gamma, beta = (t[:, None, None] for t in (mean, var, self.weight, self.bias))
+        return gamma * (input - mean) / (var + self.eps).sqrt() + beta
+
+
+def train_in_one_of_two_processes(rank, folder):
+    os.environ.update(RANK=str(rank), WORLD_SIZE='2', LOCAL_RANK=str(rank))
+    torch.set_num_threads(1)
+    distributed.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
+    runner, notes = train(
+        folder / str(rank),
+        dict(type='SwitchNormHook', epoch=1, to=dict(type='GlooSyncBN', momentum=1.0)),
+        epochs=2,
+        launcher='pytorch',
+        cfg=dict(model_wrapper_cfg=dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False)),
+    )
+    assert type(runner.model).__name__ == 'MMDistributedDataParallel'
+    torch.save((notes.before, notes.after, [kind.__name__ for kind in notes.types]), folder / f'{rank}.pt')
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+def test_it_switches_inside_distributed_data_parallel(tmp_path):
+    """Two processes; buffers are not broadcast, as in mmengine, so it is the normalizer that joins the statistics."""
+    multiprocessing.spawn(train_in_one_of_two_processes, (tmp_path,), nprocs=2)
+    (before, after, types), (_, other_after, _) = (torch.load(tmp_path / f'{rank}.pt') for rank in (0, 1))
+    assert types == ['BatchNorm2d'] * 2 + ['GlooSyncBN'] * 2
+    torch.testing.assert_close(before[1], after[0], rtol=0, atol=0)
+    statistics = slice(4, 6)  # running_mean and running_var
+    for epoch, in_step in ((0, False), (1, True)):
+        ours, theirs = after[epoch], other_after[epoch]
+        for name, a, b in zip(range(len(ours)), ours, theirs, strict=True):
+            same = torch.allclose(a, b, rtol=1e-6)
+            assert same == (in_step or name not in range(*statistics.indices(99))), (epoch, name)
+    assert not any(torch.equal(a, b) for a, b in zip(before[1], after[1], strict=True))
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'error', 'message'),
+    [
+        (dict(epoch=-1), ValueError, 'SwitchNormHook: epoch must be an int >= 0, got -1'),
+        (dict(epoch=1.5), TypeError, 'SwitchNormHook: epoch must be an int >= 0, got 1.5 of type float'),
+        (dict(epoch=1, to='NoBN'), ValueError, "to must be a registered normalizer .* 'NoBN'"),
+        (dict(epoch=1, to='GN'), ValueError, "to must be a registered normalizer .* 'GN'"),
+        (dict(epoch=1, to=dict(type='LN')), ValueError, "to must be a registered normalizer .* 'LN'"),
+        (dict(epoch=1, to=dict(type='CBN', window_size=0)), ValueError, 'window_size must be an int >= 1'),
+        (dict(epoch=1, to=3), ValueError, 'to must be a registered normalizer'),
+        (dict(epoch=1, source='ReLU'), ValueError, "source must be a registered normalizer .* 'ReLU'"),
+        (dict(epoch=1, prefixes=3), TypeError, 'prefixes must be a name, a list of names or None, got 3'),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, error, message):
+    with pytest.raises(error, match=message):
+        SwitchNormHook(**arguments)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (dict(source='CBN'), "source='CBN': the model has no such normalizer in training"),
+        (dict(prefixes='neck'), r"prefixes must name modules .* got 'neck'; the model has them in \[''\]"),
+    ],
+)
+def test_nothing_to_switch_is_an_error(tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path, dict(type='SwitchNormHook', epoch=1, **arguments))
+
+
+def test_training_by_iterations_is_refused(tmp_path):
+    with pytest.raises(RuntimeError, match='epoch=1 would never come'):
+        train(tmp_path, dict(type='SwitchNormHook', epoch=1), train_cfg=dict(by_epoch=False, max_iters=8))
