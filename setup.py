@@ -15,7 +15,7 @@ setup(
     author='The mmdet-cbn authors',
     license='Apache-2.0',
     packages=find_packages(include=['mmdet_cbn', 'mmdet_cbn.*']),
-    package_data={'mmdet_cbn': ['py.typed']},
+    package_data={'mmdet_cbn': ['py.typed', '.mim/model-index.yml', '.mim/configs/*/*', '.mim/tools/*']},
     python_requires='>=3.10',
     # torch and mmcv (which is compiled against torch) are the user's to choose: torch stands nowhere here, and mmcv
     # only in the extras, so that neither is ever replaced by an install of this package alone. import checks both.

@@ -80,10 +80,12 @@ def shapes_root(tmp_path_factory) -> Path:
 @pytest.fixture
 def build_runner(shapes_root, tmp_path, monkeypatch):
     """Builds the Runner of a config under configs/, on the drawn images or on $COCO_ROOT as the config says, without
-    worker processes or pretrained weights and with a log line for each iteration. ``options`` are --cfg-options."""
+    worker processes or pretrained weights and with a log line for each iteration. ``row`` is that of a small twin,
+    ``options`` are --cfg-options."""
     monkeypatch.setenv('SHAPES_ROOT', str(shapes_root))
 
-    def build(name: str, evaluate: bool = True, **options) -> Runner:
+    def build(name: str, row: str = 'faster-rcnn_r50_fpn_cbn-all_1x_coco', evaluate: bool = True, **options) -> Runner:
+        monkeypatch.setenv('CBN_ROW', row)
         config = Config.fromfile(ROOT / 'configs' / name)
         for loader in (config.train_dataloader, config.val_dataloader):
             loader.update(num_workers=0, persistent_workers=False)

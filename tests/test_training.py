@@ -10,7 +10,7 @@ from mmdet.apis import inference_detector, init_detector
 from mmdet.registry import MODELS
 from mmengine.runner import load_checkpoint
 
-from mmdet_cbn import CBN, CBNBurnInHook
+from mmdet_cbn import CBN, CBNBurnInHook, SwitchNormHook
 from mmdet_cbn.shapes import CLASSES
 
 DETECTORS = ('faster-rcnn', 'mask-rcnn')
@@ -28,7 +28,8 @@ def losses(runner):
 @pytest.mark.parametrize('detector', DETECTORS)
 def test_a_few_iterations_have_finite_losses(build_runner, detector, data):
     runner = build_runner(
-        f'small/{detector}_r18_fpn_cbn-all_{data}.py',
+        f'small/r18_{data}.py',
+        f'{detector}_r50_fpn_cbn-all_1x_coco',
         evaluate=False,
         train_cfg=dict(_delete_=True, type='IterBasedTrainLoop', max_iters=4, val_interval=99),
         custom_hooks=[dict(type='CBNBurnInHook', burn_in_iters=1)],
@@ -49,7 +50,7 @@ def test_a_few_iterations_have_finite_losses(build_runner, detector, data):
 def test_auto_reads_the_batch_size_from_mmdets_batch_sampler(build_runner):
     parts = ('backbone', 'neck', 'roi_head.bbox_head')
     runner = build_runner(
-        'small/faster-rcnn_r18_fpn_cbn-all_shapes.py',
+        'small/r18_shapes.py',
         **{f'model.{part}.norm_cfg.window_size': 'auto' for part in parts},
         **{'train_dataloader.batch_size': 3},
     )
@@ -83,13 +84,48 @@ def test_the_papers_recipes_train_an_iteration_after_burn_in(build_runner, shape
     assert len(active) == 8 + 4 + 4 * (detector == 'mask-rcnn') + 42 * (where == 'all')
 
 
+FASTER = [
+    *('4conv1fc', 'bn-head', 'syncbn-head', 'gn-head', 'brn-head', 'cbn-head'),
+    *('bn-all', 'syncbn-all', 'gn-all', 'cbn-all', 'bn-syncbn-8-head'),
+]
+MASK = ['4conv1fc', 'bn-head', 'syncbn-head', 'gn-head', 'cbn-head', 'cbn-all']
+
+
+@pytest.mark.parametrize(
+    'row', [*(f'faster-rcnn_r50_fpn_{n}' for n in FASTER), *(f'mask-rcnn_r50_fpn_{n}' for n in MASK)]
+)
+def test_every_kind_of_row_trains_and_is_evaluated_in_its_small_twin(build_runner, row):
+    runner = build_runner(
+        'small/r18_shapes.py',
+        f'{row}_1x_coco',
+        **{
+            'train_cfg.max_epochs': 2,
+            'train_dataloader.dataset.indices': 2,
+            'val_dataloader.dataset.indices': 1,
+        },
+    )
+    hook = next((hook for hook in runner.hooks if isinstance(hook, CBNBurnInHook | SwitchNormHook)), None)
+    if isinstance(hook, CBNBurnInHook):
+        hook.length = 1
+    elif hook is not None:
+        hook.epoch = 1
+    runner.train()
+    assert all(len(values) == 2 and all(map(math.isfinite, values)) for values in losses(runner).values())
+    assert 'loss_mask' in str(losses(runner)) or row.startswith('faster')
+    results = runner.message_hub.log_scalars
+    assert len(results['val/coco/bbox_mAP'].data[0]) == 2
+    assert ('val/coco/segm_mAP' in results) == row.startswith('mask')
+    if 'syncbn-8' in row:
+        assert type(runner.model.neck.fpn_convs[0].bn).__name__ == 'SyncBatchNorm'
+
+
 def test_train_evaluate_resume_and_detect(build_runner, tmp_path, shapes_root):
     """Burn-in, evaluation in between and resuming, with real checkpoints, up to mmdet's inference API."""
-    name = 'small/faster-rcnn_r18_fpn_cbn-all_shapes.py'
-    first = build_runner(name, **{'train_cfg.max_epochs': 1})
+    name, burn_in = 'small/r18_shapes.py', {'custom_hooks.0.burn_in_epochs': 1}
+    first = build_runner(name, **burn_in, **{'train_cfg.max_epochs': 1})
     first.train()
     assert len(first.message_hub.get_scalar('val/coco/bbox_mAP').data[0]) == 1
-    resumed = build_runner(name, **{'train_cfg.max_epochs': 2}, resume=True)
+    resumed = build_runner(name, **burn_in, **{'train_cfg.max_epochs': 2}, resume=True)
     resumed.train()
     windows = resumed.message_hub.get_scalar('train/cbn_window').data[0].tolist()
     assert windows == [1, 1, 1, 1, 1, 2, 3, 4]
@@ -104,7 +140,7 @@ def test_train_evaluate_resume_and_detect(build_runner, tmp_path, shapes_root):
 
 def test_a_batchnorm_config_loads_a_cbn_checkpoint_and_detects_the_same(build_runner):
     """No plugin is needed for what was trained with it."""
-    name = 'small/faster-rcnn_r18_fpn_cbn-all_shapes.py'
+    name = 'small/r18_shapes.py'
     trained = build_runner(name, **{'train_cfg.max_epochs': 1, 'custom_hooks.0.burn_in_epochs': 0})
     trained.train()
     config = trained.cfg.copy()

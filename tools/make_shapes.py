@@ -8,7 +8,7 @@ from mmdet_cbn.shapes import write_shapes
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('root', nargs='?', default='data/shapes', help='folder to write to (default: %(default)s)')
-    parser.add_argument('--train', type=int, default=400, help='training images (default: %(default)s)')
+    parser.add_argument('--train', type=int, default=240, help='training images (default: %(default)s)')
     parser.add_argument('--val', type=int, default=100, help='validation images (default: %(default)s)')
     parser.add_argument('--size', type=int, nargs=2, default=(256, 160), metavar=('WIDTH', 'HEIGHT'), help='in pixels')
     parser.add_argument('--seed', type=int, default=0)

@@ -3,7 +3,7 @@
 # evaluate it, draw its detections. `make quickstart` runs it in .venv.
 set -eu
 cd "$(dirname "$0")/.."
-config=configs/small/faster-rcnn_r18_fpn_cbn-all_shapes.py
+config=configs/small/r18_shapes.py
 work_dir=work_dirs/quickstart
 rm -rf "$work_dir"
 

@@ -1,5 +1,4 @@
 """CBN as the paper runs it on COCO with 4 images per GPU (section 4.2): k = 4, burn-in for 3 epochs."""
 
-custom_imports = dict(imports=['mmdet_cbn'], allow_failed_imports=False)
 norm_cfg = dict(type='CBN', requires_grad=True, window_size=4)
 custom_hooks = [dict(type='CBNBurnInHook', burn_in_epochs=3)]

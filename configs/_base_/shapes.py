@@ -1,4 +1,4 @@
-"""The drawn shapes of tools/make_shapes.py, under data/shapes or $SHAPES_ROOT, and a schedule of a few minutes."""
+"""The drawn shapes of tools/make_shapes.py, under data/shapes or $SHAPES_ROOT."""
 
 shapes_root = '{{$SHAPES_ROOT:data/shapes}}'
 shapes = dict(
@@ -11,11 +11,7 @@ shapes = dict(
 shapes_num_classes = 4
 shapes_val_annotations = shapes_root + '/annotations/instances_val2017.json'
 
-shapes_epochs = 7
-shapes_schedule = [
-    dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=50),
-    dict(type='MultiStepLR', by_epoch=True, end=shapes_epochs, milestones=[5], gamma=0.1),
-]
-shapes_hooks = [dict(type='CBNBurnInHook', burn_in_epochs=1)]
-shapes_default_hooks = dict(checkpoint=dict(max_keep_ckpts=1))
+shapes_warmup = 50
+# Two: mmengine deletes the oldest before it writes the next.
+shapes_default_hooks = dict(checkpoint=dict(max_keep_ckpts=2))
 shapes_randomness = dict(seed=0)

@@ -1,6 +1,6 @@
-"""The same data with masks."""
+"""The same with masks."""
 
-_base_ = './coco_detection.py'
+_base_ = './detection_1x.py'
 
 train_pipeline, test_pipeline = (
     [dict(step, with_mask=True) if step['type'] == 'LoadAnnotations' else step for step in pipeline]

@@ -1,0 +1,3 @@
+_base_ = ['./faster-rcnn_r50_fpn_syncbn-head_1x_coco.py', '../_base_/r101.py']
+
+model = dict(backbone=_base_.r101)

@@ -1,0 +1,5 @@
+"""SyncBN also in conv3_x to conv5_x of the backbone; conv1 and conv2_x stay frozen."""
+
+_base_ = './faster-rcnn_r50_fpn_syncbn-head_1x_coco.py'
+
+model = dict(backbone=dict(norm_cfg=_base_.norm_cfg, norm_eval=False))

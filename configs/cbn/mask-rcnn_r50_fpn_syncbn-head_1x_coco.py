@@ -1,0 +1,9 @@
+"""Mask R-CNN with SyncBN in FPN, box head and mask head; BN frozen in the backbone."""
+
+_base_ = ['./mask-rcnn_r50_fpn_4conv1fc_1x_coco.py', '../_base_/syncbn.py']
+
+norm_cfg = _base_.norm_cfg
+model = dict(
+    neck=dict(norm_cfg=norm_cfg),
+    roi_head=dict(bbox_head=dict(norm_cfg=norm_cfg), mask_head=dict(norm_cfg=norm_cfg)),
+)
