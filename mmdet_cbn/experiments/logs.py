@@ -1,0 +1,153 @@
+"""What mmengine's logs tell of our runs, and which rows of the paper these runs are."""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mmengine.config import Config
+
+from .paper import Row, Table
+from .reproduction import SETTINGS, evaluations, load
+
+PAPER_GPUS = 4
+# What decides on a result. Where the data lie and how they are loaded does not.
+_DECISIVE = (
+    'model',
+    'train_dataloader',
+    'val_dataloader',
+    'val_evaluator',
+    'optim_wrapper',
+    'param_scheduler',
+    'train_cfg',
+    'custom_hooks',
+    'auto_scale_lr',
+)
+_INDIFFERENT = {
+    '_scope_',
+    'ann_file',
+    'backend_args',
+    'data_root',
+    'num_workers',
+    'persistent_workers',
+    'pin_memory',
+    'prefetch_factor',
+}
+
+
+class Run(NamedTuple):
+    """One training, as its logs tell."""
+
+    work_dir: Path
+    config: str  #: name of its config, or of the config whose small twin it is
+    name: str | None  #: of the row's run, by tools/reproduce.py; None by train.py alone
+    settings: dict[str, Any]  #: what decides on the result, by dotted key; with the number of GPUs
+    curve: dict[int, dict[str, float]]  #: metrics by epochs trained, APs in percent
+    metrics: dict[str, float]  #: of the last epoch; empty while it has not been evaluated
+    epochs: int  #: of the whole training
+
+
+class Entry(NamedTuple):
+    """Our trials of a row under one and the same settings."""
+
+    runs: list[Run]
+    differences: tuple[str, ...]  #: settings that are not the paper's
+
+    @property
+    def finished(self) -> list[Run]:
+        return [run for run in self.runs if run.metrics]
+
+
+def find_runs(folders: Iterable[Path]) -> list[Run]:
+    """All trainings whose logs lie under the folders."""
+    work_dirs = {file.parents[2] for folder in folders for file in Path(folder).rglob('vis_data/scalars.json')}
+    return [read_run(work_dir) for work_dir in sorted(work_dirs)]
+
+
+def read_run(work_dir: Path) -> Run:
+    """Read the logs of a work_dir of mmdet's tools/train.py, resumed or not."""
+    curve: dict[int, dict[str, float]] = {}
+    for file in sorted(work_dir.glob('*/vis_data/scalars.json')):  # in the order of time
+        for line in file.read_text().splitlines():
+            metrics = _percent(json.loads(line)) if '_mAP' in line else {}
+            if metrics:
+                curve[json.loads(line)['step']] = metrics
+    newest = max(work_dir.glob('*/vis_data/config.py'))
+    config = Config.fromfile(newest)
+    epochs = config.train_cfg.max_epochs
+    tested = evaluations(work_dir)
+    metrics = _percent(tested[-1]) if tested else curve.get(epochs, {})
+    gpus = [int(found) for file in newest.parents[1].glob('*.log') for found in _GPUS.findall(file.read_text())]
+    name = config.get('row') or next(work_dir.glob('*.py')).stem
+    reproduced = work_dir / SETTINGS
+    row_run = json.loads(reproduced.read_text())['run'] if reproduced.is_file() else None
+    return Run(work_dir, name, row_run, {**settings_of(config), 'GPUs': gpus[-1]}, curve, metrics, epochs)
+
+
+_GPUS = re.compile(r'GPU number: (\d+)')
+
+
+def _percent(line: Mapping[str, Any]) -> dict[str, float]:
+    """The APs of a log line, in percent. COCO has -1 where there is no object of the kind."""
+    return {
+        key.rpartition('/')[2]: 100 * value
+        for key, value in line.items()
+        if '_mAP' in key and isinstance(value, int | float) and value >= 0
+    }
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """What decides on the result of a config, by dotted key."""
+    return dict(_flatten({key: config.get(key) for key in _DECISIVE}))
+
+
+def _flatten(value: Any, prefix: str = '') -> Iterable[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        items: Iterable[tuple[Any, Any]] = value.items()
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    else:
+        yield prefix, value
+        return
+    for key, item in items:
+        if key not in _INDIFFERENT:
+            yield from _flatten(item, f'{prefix}.{key}' if prefix else str(key))
+
+
+def collect(table: Table, runs: Iterable[Run], configs: Path) -> dict[str, list[Entry]]:
+    """Our trials of each row of a table, by the name of the row; those with the paper's settings first.
+
+    A run of tools/reproduce.py knows its row. Another belongs to the rows of its config; among these, to the one whose
+    options it has.
+
+    Args:
+        table: A table or figure of the paper.
+        runs: What was trained.
+        configs: The folder configs/cbn.
+    """
+    found: dict[str, dict[tuple[str, ...], list[Run]]] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        rows = [row for row in table.rows if (row.config if run.name is None else row.run) == (run.name or run.config)]
+        candidates = {row.name: _differences(run, row, configs) for row in rows}
+        if not candidates:
+            continue
+        name, differences = min(candidates.items(), key=lambda item: len(item[1]))
+        found[name][differences].append(run)
+    return {
+        name: [Entry(group, differences) for differences, group in sorted(entries.items(), key=lambda e: len(e[0]))]
+        for name, entries in found.items()
+    }
+
+
+def _differences(run: Run, row: Row, configs: Path) -> tuple[str, ...]:
+    config = load(configs / f'{row.config}.py')
+    merged = config.copy()
+    merged.merge_from_dict(row.options_for(config))
+    paper = {**settings_of(merged), 'GPUs': PAPER_GPUS}
+    return tuple(
+        f'{key} = {run.settings.get(key)} ({paper.get(key)})'
+        for key in sorted(paper.keys() | run.settings.keys())
+        if run.settings.get(key) != paper.get(key)
+    )

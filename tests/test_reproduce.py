@@ -1,0 +1,458 @@
+"""Rows are trained and evaluated once each, whatever happens in between, and their logs become tables and plots."""
+
+import csv
+import json
+import os
+import re
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from mmdet_cbn.experiments import logs, reproduction
+from mmdet_cbn.experiments.logs import Run, collect, find_runs, settings_of
+from mmdet_cbn.experiments.paper import FIGURE3, FIGURE5, TABLE5, TABLES, Row
+from mmdet_cbn.experiments.report import markdown, plot_curves, plot_figure, write_report
+from mmdet_cbn.experiments.reproduction import Setting, Trial, load, trials_of
+
+CONFIGS = ROOT / 'configs' / 'cbn'
+TOOL = ROOT / 'tools' / 'reproduce.py'
+ROWS = ('bn-all', 'cbn-all')
+TINY = [
+    *(
+        '--table',
+        '5',
+        '--rows',
+        *ROWS,
+        '--small',
+        '--gpus',
+        '1',
+        '--trials',
+        '1',
+        '--work-dir',
+        'runs',
+        '--cfg-options',
+    ),
+    *(
+        f'{split}_dataloader.{key}'
+        for split in ('train', 'val', 'test')
+        for key in ('num_workers=0', 'dataset.indices=2')
+    ),
+    *(f'{split}_dataloader.persistent_workers=False' for split in ('train', 'val', 'test')),
+    *('train_cfg.max_epochs=2', 'default_hooks.logger.interval=1'),
+]
+
+
+@pytest.fixture(scope='module')
+def killed_and_restarted(tmp_path_factory, shapes_root):
+    """Two rows that were in training when everything was killed, after the first checkpoint, and then were begun anew:
+    the folder, and what the second and a third call printed."""
+    folder = tmp_path_factory.mktemp('reproduce')
+    call = dict(
+        args=[sys.executable, TOOL, *TINY],
+        cwd=folder,
+        env={**os.environ, 'SHAPES_ROOT': str(shapes_root), 'OMP_NUM_THREADS': '2'},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    first = subprocess.Popen(**call, start_new_session=True)
+    pointer = folder / 'runs' / 'faster-rcnn_r50_fpn_bn-all_1x_coco' / 'seed-0' / 'last_checkpoint'
+    while not (pointer.is_file() and pointer.read_text()):
+        assert first.poll() is None, first.stdout.read()
+        time.sleep(0.05)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    outputs = []
+    for _ in range(2):
+        result = subprocess.run(**call)
+        assert result.returncode == 0, result.stdout[-5000:]
+        outputs.append(result.stdout)
+    return folder / 'runs', outputs
+
+
+def runs_of(folder):
+    return {run.config: run for run in find_runs([folder])}
+
+
+def test_after_a_kill_training_goes_on_and_nothing_is_lost_or_run_twice(killed_and_restarted):
+    folder, (second, third) = killed_and_restarted
+    names = [f'faster-rcnn_r50_fpn_{row}_1x_coco, seed 0' for row in ROWS]
+    assert second.endswith('== Summary\n' + ''.join(f'{name}: finished\n' for name in names))
+    assert re.findall(r'resumed epoch: (\d)', second) == ['1'], 'the first went on where it was, the second began'
+    epochs = re.findall(r'Epoch\(train\) +\[(\d)\]\[1/1\]', second)
+    assert epochs == ['2', '1', '2']
+    assert [second.count(f'== {name}: {step}\n') for name in names for step in ('training', 'evaluation')] == [1] * 4
+
+    assert third.endswith('== Summary\n' + ''.join(f'{name}: was finished\n' for name in names))
+    assert 'Epoch(' not in third
+
+    first, other = (runs_of(folder)[name.partition(',')[0]] for name in names)
+    assert sorted(other.curve) == [1, 2]
+    assert sorted(first.curve) in ([2], [1, 2]), 'it was killed before or after the first evaluation'
+
+
+def test_the_report_has_the_numbers_of_the_logs(killed_and_restarted, tmp_path):
+    folder, _ = killed_and_restarted
+    runs = runs_of(folder)
+    assert set(runs) == {f'faster-rcnn_r50_fpn_{row}_1x_coco' for row in ROWS}
+    for run in runs.values():
+        (file,) = run.work_dir.glob('test/*/*.json')
+        written = json.loads(file.read_text())
+        assert run.metrics['bbox_mAP'] == pytest.approx(100 * written['coco/bbox_mAP'])
+        assert run.metrics == pytest.approx(run.curve[2]), 'the last epoch was evaluated twice'
+        assert run.settings['GPUs'] == 1 and run.settings['model.backbone.depth'] == 18 and run.epochs == 2
+
+    written = write_report(list(runs.values()), tmp_path, CONFIGS, trials=5)
+    assert all(file.stat().st_size > 0 for file in written)
+    names = {file.name for file in written}
+    tables = {table.name for table in TABLES if table.number != '8'}
+    assert names == {
+        *(f'{name}.{kind}' for name in tables for kind in ('md', 'csv')),
+        'table5-epochs.png',
+    }
+    text = (tmp_path / 'table5.md').read_text()
+    for row in ROWS:
+        ap = runs[f'faster-rcnn_r50_fpn_{row}_1x_coco'].metrics['bbox_mAP']
+        assert f'| ours, 1 trial, not as in the paper (1) | {ap:.1f} |' in text
+    assert 'GPUs = 1 (4)' in text and 'difference' not in text, 'a small twin is not compared with the paper'
+    assert 'none (0 of 5), bn-head (0 of 5)' in text
+
+    with open(tmp_path / 'table5.csv', newline='') as stream:
+        lines = [line for line in csv.DictReader(stream) if line['row'] == 'cbn-all' and line['metric'] == 'bbox_mAP']
+    run = runs['faster-rcnn_r50_fpn_cbn-all_1x_coco']
+    (line,) = lines
+    assert (line['paper'], line['trials'], line['difference'], line['as in the paper']) == ('37.7', '1', '', 'False')
+    assert float(line['ours']) == pytest.approx(run.metrics['bbox_mAP'], abs=1e-3)
+
+
+def test_a_run_of_train_py_alone_is_known_by_its_config(killed_and_restarted, tmp_path):
+    folder, _ = killed_and_restarted
+    name = 'faster-rcnn_r50_fpn_cbn-all_1x_coco'
+    shutil.copytree(folder / name / 'seed-0', tmp_path / 'own')
+    (tmp_path / 'own' / 'settings.json').unlink()
+    shutil.rmtree(tmp_path / 'own' / 'test')
+    (run,) = find_runs([tmp_path])
+    assert (run.config, run.name) == (name, None) and run.metrics == run.curve[2], (
+        'the evaluation after the last epoch of training'
+    )
+
+    (file,) = (tmp_path / 'own').glob('*/vis_data/scalars.json')
+    lines = file.read_text().splitlines()
+    resumed = tmp_path / 'own' / '99990101_000000' / 'vis_data'
+    shutil.copytree(file.parents[1], resumed.parent)
+    file.write_text('\n'.join(line for line in lines if json.loads(line)['step'] == 1))
+    (resumed / 'scalars.json').write_text('\n'.join(line for line in lines if json.loads(line)['step'] == 2))
+    assert find_runs([tmp_path]) == [run], 'the logs of a resumed run are one'
+    shutil.rmtree(resumed.parent)
+    (unfinished,) = find_runs([tmp_path])
+    assert unfinished.metrics == {} and list(unfinished.curve) == [1]
+
+
+# -- the report, on runs with the paper's settings
+
+
+def as_in_the_paper(row, aps, **settings) -> list[Run]:
+    """Runs of train.py with the row's own settings, but for ``settings``, which ended with these APs."""
+    config = load(CONFIGS / f'{row.config}.py').copy()
+    config.merge_from_dict(row.options_for(config))
+    decisive = {**settings_of(config), 'GPUs': 4, **settings}
+    curves = [{epoch: {'bbox_mAP': ap + epoch - 12} for epoch in (11, 12)} for ap in aps]
+    return [Run(Path('somewhere'), row.config, None, decisive, curve, curve[12], 12) for curve in curves]
+
+
+def test_trials_become_mean_deviation_and_difference():
+    row = next(row for row in TABLE5.rows if row.name == 'cbn-head')
+    runs = as_in_the_paper(row, [37.0, 38.0, 39.2])
+    text = markdown(TABLE5, collect(TABLE5, runs, CONFIGS), trials=3)
+    assert '| paper | 37.7 | 59.0 | 40.7 | 22.1 | 40.9 | 48.8 | faster-rcnn_r50_fpn_cbn-head_1x_coco |' in text
+    assert '|  |  | ours, 3 trials | 38.1 ± 1.1 | - | - | - | - | - |  |' in text
+    assert '|  |  | difference | +0.4 |  |  |  |  |  |  |' in text
+    assert ' cbn-head (' not in text and 'cbn-all (0 of 3)' in text
+    assert 'cbn-head (3 of 5)' in markdown(TABLE5, collect(TABLE5, runs, CONFIGS), trials=5)
+
+
+def test_runs_with_other_settings_stand_apart():
+    row = TABLE5.rows[0]
+    runs = as_in_the_paper(row, [36.0]) + as_in_the_paper(row, [20.0, 21.0], **{'optim_wrapper.optimizer.lr': 0.01})
+    text = markdown(TABLE5, collect(TABLE5, runs, CONFIGS))
+    assert '| ours, 1 trial | 36.0 |' in text and '| difference | -0.9 |' in text
+    assert '| ours, 2 trials, not as in the paper (1) | 20.5 ± 0.7 |' in text
+    assert "(1) Other settings, the paper's in brackets: optim_wrapper.optimizer.lr = 0.01 (0.02)." in text
+
+
+def test_a_half_done_run_is_missing_with_its_progress():
+    row = TABLE5.rows[0]
+    runs = [run._replace(metrics={}, curve={5: {'bbox_mAP': 30.0}}) for run in as_in_the_paper(row, [36.0])]
+    assert 'none (0 of 2; epoch 5 of 12)' in markdown(TABLE5, collect(TABLE5, runs, CONFIGS), trials=2)
+
+
+@pytest.mark.parametrize('table', [FIGURE3, FIGURE5], ids=lambda table: table.name)
+def test_each_point_of_a_figure_is_known_by_its_options(table):
+    for row in table.rows:
+        (name,) = collect(table, as_in_the_paper(row, [30.0]), CONFIGS)
+        assert name == row.name
+
+
+def test_curves_are_means_over_trials():
+    row = TABLE5.rows[0]
+    axes = plot_curves(TABLE5, collect(TABLE5, as_in_the_paper(row, [36.0, 37.0]), CONFIGS)).axes[0]
+    line, paper = axes.lines
+    assert [*line.get_xdata()] == [11, 12] and [*line.get_ydata()] == [35.5, 36.5]
+    assert set(paper.get_ydata()) == {36.9}
+    assert plot_curves(TABLE5, {}) is None and plot_figure(FIGURE3, {}) is None
+
+
+def test_a_figure_has_our_points_and_the_papers():
+    rows = {row.name: row for row in FIGURE3.rows}
+    runs = as_in_the_paper(rows['cbn-k2'], [37.0, 38.0]) + as_in_the_paper(rows['cbn-k8'], [38.5])
+    axes = plot_figure(FIGURE3, collect(FIGURE3, runs, CONFIGS)).axes[0]
+    ours = axes.containers[0]
+    assert ours.get_label() == 'CBN'
+    assert [*ours.lines[0].get_xdata()] == [2, 8] and [*ours.lines[0].get_ydata()] == [37.5, 38.5]
+    stars = {(*line.get_xdata(), *line.get_ydata()) for line in axes.lines if line.get_marker() == '*'} - {()}
+    assert stars == {(1, 36.3), (4, 37.7)}
+
+
+def test_the_tables_in_the_readme_are_the_papers(tmp_path, monkeypatch):
+    copy = tmp_path / 'README.md'
+    text = (CONFIGS / 'README.md').read_text()
+    copy.write_text(re.sub(r'(<!-- (?:table|figure)\S+ -->\n).*?(<!-- end)', r'\1\2', text, flags=re.DOTALL))
+    assert len(copy.read_text()) < len(text) / 2
+    monkeypatch.setattr(sys, 'argv', ['report.py', '--readme', str(copy)])
+    runpy.run_path(str(ROOT / 'tools' / 'report.py'), run_name='__main__')
+    assert copy.read_text() == text
+
+
+@pytest.mark.parametrize('folder', ['missing', 'empty'])
+def test_a_report_of_nothing_is_an_error(folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / 'empty').mkdir()
+    monkeypatch.setattr(sys, 'argv', ['report.py', str(tmp_path / folder)])
+    with pytest.raises(SystemExit) as exit_info:
+        runpy.run_path(str(ROOT / 'tools' / 'report.py'), run_name='__main__')
+    assert exit_info.value.code == 2
+    assert f'{folder} is no folder' in (error := capsys.readouterr().err) or 'no logs of a training under' in error
+
+
+# -- which commands it takes
+
+
+def reproduce(monkeypatch, capsys, *arguments):
+    """Runs the tool in this process; returns its exit status and what it printed."""
+    monkeypatch.setattr(sys, 'argv', ['reproduce.py', *arguments])
+    code = 0
+    try:
+        runpy.run_path(str(TOOL), run_name='__main__')
+    except SystemExit as end:
+        code = end.code
+    captured = capsys.readouterr()
+    return code, captured.out + captured.err
+
+
+@pytest.mark.parametrize('number', ['5', '6', '7', '8', 'figure3', 'figure5'])
+@pytest.mark.parametrize('small', [[], ['--small', '--gpus', '1']])
+def test_a_dry_run_prints_commands_for_every_row_and_runs_nothing(number, small, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(ROOT)
+    work_dir = str(tmp_path / 'runs')
+    code, text = reproduce(
+        monkeypatch, capsys, '--table', number, '--trials', '2', '--dry-run', '--work-dir', work_dir, *small
+    )
+    assert code == 0 and not (tmp_path / 'runs').exists()
+    commands = [line.split() for line in text.splitlines() if line[0] != '#']
+    rows = [row for table in TABLES if table.number == number for row in table.rows]
+    if number == '8':
+        ((program, tool, *arguments),) = commands
+        assert (program, tool) == ('python', 'tools/benchmark.py')
+        assert arguments == [*(f'configs/cbn/{row.config}.py' for row in rows), '--out', f'{work_dir}/table8']
+        return
+    assert len(commands) == len(rows) * 2 * 2
+    for row in rows:
+        for seed in (0, 1):
+            mine = [line for line in commands if f'{work_dir}/{row.run}/seed-{seed}' in line]
+            (training,) = mine
+            (evaluation,) = [line for line in commands if f'{work_dir}/{row.run}/seed-{seed}/epoch_12.pth' in line]
+            for command, tool in ((training, 'train'), (evaluation, 'test')):
+                if small:
+                    assert command[:4] == [
+                        f'CBN_ROW={row.config}',
+                        'python',
+                        f'tools/{tool}.py',
+                        'configs/small/r18_shapes.py',
+                    ]
+                else:
+                    assert command[:2] == [f'tools/dist_{tool}.sh', f'configs/cbn/{row.config}.py']
+                    assert command[2 + (tool == 'test')] == '4'
+                assert command[-1] == f'randomness.seed={seed}'
+                assert all(f'{key}={value}' in command for key, value in row.options.items())
+            assert '--resume' in training and '--resume' not in evaluation
+
+
+def test_a_run_that_two_rows_share_is_made_once(tmp_path):
+    setting = Setting(ROOT, tmp_path)
+    trials = trials_of([row for table in TABLES if table.number in '56' for row in table.rows], 1, setting)
+    assert len(trials) == len({trial.work_dir for trial in trials}) == 10 + 12 - 3
+
+
+def test_a_small_twin_multiplies_its_own_images():
+    row = next(row for row in FIGURE3.rows if row.name == 'bn-k4')
+    paper, small = (Trial(row, 0, Setting(ROOT, Path('runs'), small=small)).options for small in (False, True))
+    assert paper[:2] == ['train_dataloader.batch_size=16', 'optim_wrapper.optimizer.lr=0.08']
+    assert small[:2] == ['train_dataloader.batch_size=8', 'optim_wrapper.optimizer.lr=0.0016']
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['--table', '9'], "argument --table: invalid choice: '9'"),
+        (['--table', '5', '--rows', 'bn', 'cbn-head'], '--rows: bn not in the table; it has none, bn-head, '),
+        (['--table', '5', '--gpus', '0'], '--gpus must be 1 or more, got 0'),
+        (['--table', '5', '--trials', '-1'], '--trials must be 1 or more, got -1'),
+        (['--table', '5', '--cfg-options', 'a.b'], '--cfg-options must be KEY=VALUE, got a.b'),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, message, monkeypatch, capsys):
+    code, text = reproduce(monkeypatch, capsys, *arguments)
+    assert code == 2 and message in text
+
+
+def test_a_row_that_fails_does_not_stop_the_others(monkeypatch, tmp_path):
+    """Without any data each fails; both are tried, and the end says so."""
+    environment = {**os.environ, 'SHAPES_ROOT': str(tmp_path / 'nowhere')}
+    result = subprocess.run(
+        [sys.executable, TOOL, *TINY], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 1
+    summary = result.stdout.partition('== Summary\n')[2].splitlines()
+    assert len(summary) == 2
+    for line, row in zip(summary, ROWS, strict=True):
+        assert line.startswith(
+            f'faster-rcnn_r50_fpn_{row}_1x_coco, seed 0: FAILED: training (exit status 1); logs in runs/'
+        )
+
+
+# -- one trial and what can happen to it
+
+
+class Fake(Trial):
+    """Commands that take no time: training leaves the pointer to a checkpoint, evaluation its metrics."""
+
+    train = "import sys; open('epoch_12.pth', 'w'); open('last_checkpoint', 'w').write('/old/epoch_12.pth')"
+    test = """import os; os.makedirs('test/now'); open('test/now/now.json', 'w').write('{"coco/bbox_mAP": 0.3}')"""
+
+    def training(self):
+        return [sys.executable, '-c', f'import os; os.chdir({str(self.work_dir)!r}); {self.train}']
+
+    def evaluation(self):
+        return [sys.executable, '-c', f'import os; os.chdir({str(self.work_dir)!r}); {self.test}']
+
+
+@pytest.fixture
+def fake(tmp_path):
+    def make(kind=Fake, gpus=4):
+        return kind(
+            Row('name', ('label',), 'faster-rcnn_r50_fpn_bn-head_1x_coco', {}), 0, Setting(ROOT, tmp_path, gpus)
+        )
+
+    return make
+
+
+def run(trial):
+    steps = []
+    return reproduction.run(trial, dict(os.environ), steps.append), [step.rpartition(' ')[2] for step in steps]
+
+
+def test_each_step_is_made_once(fake):
+    assert run(fake()) == ('finished', ['training', 'evaluation'])
+    assert run(fake()) == ('was finished', [])
+
+
+def test_a_failed_evaluation_does_not_train_again(fake):
+    class Broken(Fake):
+        test = 'raise SystemExit(3)'
+
+    trial = fake(Broken)
+    result, steps = run(trial)
+    assert result == f'FAILED: evaluation (exit status 3); logs in {trial.work_dir}'
+    assert steps == ['training', 'evaluation']
+    assert run(fake()) == ('finished', ['evaluation'])
+
+
+def test_a_command_that_leaves_nothing_is_a_failure(fake):
+    class Idle(Fake):
+        train = 'pass'
+
+    assert run(fake(Idle))[0].startswith('FAILED: training (the command ended well, but left no result)')
+
+
+def test_a_half_written_evaluation_is_made_again(fake):
+    trial = fake()
+    run(trial)
+    (trial.work_dir / 'test' / 'now' / 'now.json').write_text('{"coco/bbox_mAP"')
+    shutil.move(trial.work_dir / 'test' / 'now', trial.work_dir / 'test' / 'killed')
+    assert run(fake()) == ('finished', ['evaluation'])
+
+
+@pytest.mark.parametrize('pointer', ['', '/moved/from/epoch_9.pth', 'epoch_11.pth'])
+def test_a_pointer_to_nowhere_is_mended(fake, pointer):
+    trial = fake()
+    trial.work_dir.mkdir(parents=True)
+    (trial.work_dir / 'last_checkpoint').write_text(pointer)
+    trial.mend_pointer()
+    assert not (trial.work_dir / 'last_checkpoint').exists(), 'there is nothing to resume from'
+
+    for epoch in (9, 10):
+        (trial.work_dir / f'epoch_{epoch}.pth').touch()
+    (trial.work_dir / 'last_checkpoint').write_text(pointer)
+    trial.mend_pointer()
+    expected = 'epoch_9.pth' if 'epoch_9' in pointer else 'epoch_10.pth'
+    assert (trial.work_dir / 'last_checkpoint').read_text() == str(trial.work_dir / expected)
+
+
+def test_other_settings_are_refused(fake):
+    run(fake())
+    result, steps = run(fake(gpus=2))
+    assert steps == [] and re.match(r'NOT RUN: it was begun with other settings \(.*settings.json has them\)', result)
+
+
+@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM])
+def test_a_trial_is_held_as_long_as_its_command_runs(fake, tmp_path, number):
+    """Told to end, it takes its command along. Killed outright it cannot, and the trial stays held."""
+    trial = fake()
+    script = tmp_path / 'script.py'
+    script.write_text(
+        'import os, sys\n'
+        f'sys.path.insert(0, {str(Path(__file__).parent)!r})\n'
+        'from test_reproduce import *\n'
+        'class Long(Fake):\n'
+        '    train = \'import time; open("begun", "w").write(str(os.getpid())); time.sleep(60)\'\n'
+        "row = Row('name', ('label',), 'faster-rcnn_r50_fpn_bn-head_1x_coco', {})\n"
+        f'run(Long(row, 0, Setting(Path({str(ROOT)!r}), Path({str(tmp_path)!r}))))\n'
+    )
+    process = subprocess.Popen([sys.executable, script])
+    begun = trial.work_dir / 'begun'
+    while not (begun.is_file() and begun.read_text()):
+        assert process.poll() is None
+        time.sleep(0.05)
+    command = int(begun.read_text())
+    assert run(trial) == ('NOT RUN: another process is at work on it', [])
+    process.send_signal(number)
+    process.wait()
+    if number == signal.SIGKILL:
+        assert run(trial) == ('NOT RUN: another process is at work on it', [])
+        os.kill(command, signal.SIGKILL)
+        while Path(f'/proc/{command}').exists():
+            time.sleep(0.05)
+    else:
+        assert not Path(f'/proc/{command}').exists()
+    assert run(trial) == ('finished', ['training', 'evaluation'])
+
+
+def test_logs_of_what_is_no_row_are_left_out():
+    runs = [run._replace(config='yolo') for run in as_in_the_paper(TABLE5.rows[0], [36.0])]
+    assert logs.collect(TABLE5, runs, CONFIGS) == {}

@@ -1,0 +1,47 @@
+"""Set what was trained beside the paper's numbers: Markdown, CSV and plots from the logs of mmengine.
+
+    python tools/report.py work_dirs/paper --out report
+
+WORK_DIRS are searched for runs of tools/reproduce.py or of tools/train.py, finished or not. A run with other settings
+than the paper's recipe is shown as such, and no difference from the paper is given.
+"""
+
+import argparse
+import re
+from pathlib import Path
+
+from mmdet_cbn.experiments.logs import collect, find_runs
+from mmdet_cbn.experiments.paper import TABLES
+from mmdet_cbn.experiments.report import markdown, write_report
+
+CONFIGS = Path(__file__).resolve().parents[1] / 'configs' / 'cbn'
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('work_dirs', nargs='*', type=Path, metavar='WORK_DIRS')
+    parser.add_argument('--out', type=Path, default=Path('report'), help='folder to write to (default: %(default)s)')
+    parser.add_argument('--trials', type=int, default=5, help='how many a row should have (default: %(default)s)')
+    parser.add_argument('--readme', type=Path, help='renew the tables in this file instead, between their marks')
+    args = parser.parse_args()
+    for folder in args.work_dirs:
+        if not folder.is_dir():
+            parser.error(f'WORK_DIRS: {folder} is no folder')
+    runs = find_runs(args.work_dirs)
+    if args.work_dirs and not runs:
+        parser.error(f'no logs of a training under {", ".join(map(str, args.work_dirs))}')
+    if args.readme:
+        text = args.readme.read_text()
+        for table in TABLES:
+            trials = 0 if table.number == '8' else args.trials  # it is measured, not trained
+            new = markdown(table, collect(table, runs, CONFIGS), trials, links='')
+            mark = re.compile(rf'(<!-- {table.name} -->\n).*?(<!-- end -->)', re.DOTALL)
+            text = mark.sub(lambda found, new=new: f'{found[1]}{new}{found[2]}', text)
+        args.readme.write_text(text)
+        return
+    for file in write_report(runs, args.out, CONFIGS, args.trials):
+        print(file)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,93 @@
+"""Train and evaluate the rows of the paper's tables, each several times, or print the commands that do.
+
+    python tools/reproduce.py --table 5 --dry-run
+    python tools/reproduce.py --table 5 6 --rows cbn-head gn-head --gpus 4 --trials 5
+
+What is finished is skipped, what is half done goes on, and a row that fails does not stop the others. It can be stopped
+and started again at any time. tools/report.py makes the tables of what it has trained.
+"""
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from mmdet_cbn.experiments.paper import TABLES, Table
+from mmdet_cbn.experiments.reproduction import Setting, describe, run, trials_of
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def parse_args() -> tuple[argparse.Namespace, list[Table]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    numbers = list(dict.fromkeys(table.number for table in TABLES))
+    parser.add_argument('--table', nargs='+', required=True, choices=numbers, help='tables or figures of the paper')
+    parser.add_argument('--rows', nargs='+', help='names of rows, as the dry run gives them (default: all)')
+    parser.add_argument('--gpus', type=int, default=4, help='default: %(default)s; with 1, the CPU if there is no GPU')
+    parser.add_argument('--trials', type=int, default=5, help='seeds 0, 1, ... (default: %(default)s)')
+    parser.add_argument('--work-dir', type=Path, help='default: work_dirs/paper, or work_dirs/small')
+    parser.add_argument('--small', action='store_true', help='the small twins, on drawn shapes (tools/make_shapes.py)')
+    parser.add_argument('--dry-run', action='store_true', help='print the commands only')
+    parser.add_argument('--cfg-options', nargs='+', default=[], metavar='KEY=VALUE', help="as for mmdet's tools")
+    args = parser.parse_args()
+    for name in ('gpus', 'trials'):
+        if getattr(args, name) < 1:
+            parser.error(f'--{name} must be 1 or more, got {getattr(args, name)}')
+    if wrong := [option for option in args.cfg_options if '=' not in option]:
+        parser.error(f'--cfg-options must be KEY=VALUE, got {wrong[0]}')
+    tables = [table for table in TABLES if table.number in args.table]
+    names = [row.name for table in tables for row in table.rows]
+    if unknown := set(args.rows or []) - set(names):
+        parser.error(f'--rows: {", ".join(sorted(unknown))} not in the table; it has {", ".join(names)}')
+    if args.rows:
+        tables = [table._replace(rows=tuple(row for row in table.rows if row.name in args.rows)) for table in tables]
+    return args, tables
+
+
+def benchmark(table: Table, setting: Setting, dry_run: bool) -> str:
+    """Table 8, which tools/benchmark.py makes of all its rows at once."""
+    out = setting.work_dir / 'table8'
+    configs = [str(setting.root / 'configs' / 'cbn' / f'{row.config}.py') for row in table.rows]
+    command = ['python', str(setting.root / 'tools' / 'benchmark.py'), *configs, '--out', str(out)]
+    if (out / 'table8.json').exists():
+        return 'was finished'
+    if dry_run:
+        print(shlex.join(command))
+        return ''
+    print(f'== {table.title}', flush=True)
+    status = subprocess.run(command, env=environment()).returncode
+    return f'FAILED: exit status {status}' if status else 'finished'
+
+
+def environment() -> dict[str, str]:
+    """Of the commands: ``python`` is the one that runs this."""
+    return {**os.environ, 'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ.get("PATH", "")}'}
+
+
+def main() -> None:
+    args, tables = parse_args()
+    work_dir = args.work_dir or Path('work_dirs') / ('small' if args.small else 'paper')
+    root = Path(os.path.relpath(ROOT)) if Path.cwd().is_relative_to(ROOT) else ROOT
+    setting = Setting(root, work_dir, args.gpus, args.small, tuple(args.cfg_options))
+    results = {}
+    for table in tables:
+        if args.dry_run:
+            print(f'# {table.title}: {", ".join(row.name for row in table.rows)}')
+        if table.number == '8' and table.rows:
+            results[table.title] = benchmark(table, setting, args.dry_run)
+    for trial in trials_of(
+        [row for table in tables if table.number != '8' for row in table.rows], args.trials, setting
+    ):
+        if args.dry_run:
+            print(*describe(trial), sep='\n')
+        else:
+            results[str(trial)] = run(trial, environment(), lambda step: print(f'== {step}', flush=True))
+    if not args.dry_run:
+        print('== Summary', *(f'{name}: {result}' for name, result in results.items()), sep='\n')
+        sys.exit(any(not result.endswith('finished') for result in results.values()))
+
+
+if __name__ == '__main__':
+    main()
