@@ -1,6 +1,10 @@
 """Each config has the paper's normalizers, trainable parts and schedule (section 4.2), each small twin its row's."""
 
 import re
+import shutil
+import subprocess
+import sys
+import zipfile
 from copy import deepcopy
 from functools import cache
 from typing import NamedTuple
@@ -275,7 +279,7 @@ def test_a_small_twin_is_its_row_made_small(name, data, monkeypatch):
 
 
 def test_the_config_in_the_readme_builds():
-    (snippet,) = re.findall(r'```python\n(_base_.*?)```', (ROOT / 'README.md').read_text(), re.DOTALL)
+    (snippet,) = re.findall(r'```python\n(_base_ = .*?)```', (ROOT / 'README.md').read_text(), re.DOTALL)
     config = Config.fromstring(snippet, '.py')
     init_default_scope('mmdet')
     model = build(config)
@@ -290,6 +294,30 @@ def test_mim_finds_every_config():
     for model in models:
         assert model['Config'] == f'configs/cbn/{model["Name"]}.py'
         assert 'Results' not in model and 'Weights' not in model, 'none has been trained'
+
+
+def test_the_package_carries_them(tmp_path):
+    source = tmp_path / 'source'
+    ignored = shutil.ignore_patterns('.*env*', '.git', '*.egg-info', '__pycache__', 'build', 'data', 'work_dirs')
+    shutil.copytree(ROOT, source, symlinks=True, ignore=ignored)
+    build_wheel = [
+        sys.executable,
+        '-m',
+        'pip',
+        'wheel',
+        '-q',
+        '--no-deps',
+        '--no-build-isolation',
+        '-w',
+        tmp_path,
+        source,
+    ]
+    subprocess.run(build_wheel, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob('*.whl')
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for pattern in ('model-index.yml', 'configs/*/*.py', 'configs/*/metafile.yml', 'tools/*.py', 'tools/*.sh'):
+        files = {f'mmdet_cbn/.mim/{path.relative_to(ROOT)}' for path in ROOT.glob(pattern)}
+        assert files and files <= names
 
 
 def test_a_config_can_inherit_from_ours(tmp_path):
