@@ -398,6 +398,17 @@ def test_a_half_written_evaluation_is_made_again(fake):
     assert run(fake()) == ('finished', ['evaluation'])
 
 
+def test_training_meets_a_mended_pointer(fake):
+    class Resuming(Fake):
+        train = f"assert open('last_checkpoint').read().endswith('epoch_9.pth'); {Fake.train}"
+
+    trial = fake(Resuming)
+    trial.work_dir.mkdir(parents=True)
+    (trial.work_dir / 'epoch_9.pth').touch()
+    (trial.work_dir / 'last_checkpoint').touch()
+    assert run(trial)[0] == 'finished'
+
+
 @pytest.mark.parametrize('pointer', ['', '/moved/from/epoch_9.pth', 'epoch_11.pth'])
 def test_a_pointer_to_nowhere_is_mended(fake, pointer):
     trial = fake()
