@@ -453,7 +453,7 @@ def test_a_trial_is_held_as_long_as_its_command_runs(fake, tmp_path, number):
     command = int(begun.read_text())
     assert run(trial) == ('NOT RUN: another process is at work on it', [])
     process.send_signal(number)
-    process.wait()
+    process.wait(timeout=30)  # the command would take longer
     if number == signal.SIGKILL:
         assert run(trial) == ('NOT RUN: another process is at work on it', [])
         os.kill(command, signal.SIGKILL)
