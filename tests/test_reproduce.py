@@ -147,6 +147,8 @@ def test_a_run_of_train_py_alone_is_known_by_its_config(killed_and_restarted, tm
     lines = file.read_text().splitlines()
     resumed = tmp_path / 'own' / '99990101_000000' / 'vis_data'
     shutil.copytree(file.parents[1], resumed.parent)
+    old = file.parent / 'config.py'
+    old.write_text(old.read_text().replace('max_epochs=2', 'max_epochs=9'))
     file.write_text('\n'.join(line for line in lines if json.loads(line)['step'] == 1))
     (resumed / 'scalars.json').write_text('\n'.join(line for line in lines if json.loads(line)['step'] == 2))
     assert find_runs([tmp_path]) == [run], 'the logs of a resumed run are one'
