@@ -106,6 +106,7 @@ def test_the_report_has_the_numbers_of_the_logs(killed_and_restarted, tmp_path):
         (file,) = run.work_dir.glob('test/*/*.json')
         written = json.loads(file.read_text())
         assert run.metrics['bbox_mAP'] == pytest.approx(100 * written['coco/bbox_mAP'])
+        assert written['coco/bbox_mAP_l'] == -1 and 'bbox_mAP_l' not in run.metrics, 'there is no large object'
         assert run.metrics == pytest.approx(run.curve[2]), 'the last epoch was evaluated twice'
         assert run.settings['GPUs'] == 1 and run.settings['model.backbone.depth'] == 18 and run.epochs == 2
 
@@ -192,7 +193,8 @@ def test_runs_with_other_settings_stand_apart():
 def test_a_half_done_run_is_missing_with_its_progress():
     row = TABLE5.rows[0]
     runs = [run._replace(metrics={}, curve={5: {'bbox_mAP': 30.0}}) for run in as_in_the_paper(row, [36.0])]
-    assert 'none (0 of 2; epoch 5 of 12)' in markdown(TABLE5, collect(TABLE5, runs, CONFIGS), trials=2)
+    text = markdown(TABLE5, collect(TABLE5, runs, CONFIGS), trials=2)
+    assert 'none (0 of 2; epoch 5 of 12)' in text and 'ours' not in text
 
 
 @pytest.mark.parametrize('table', [FIGURE3, FIGURE5], ids=lambda table: table.name)
@@ -200,6 +202,12 @@ def test_each_point_of_a_figure_is_known_by_its_options(table):
     for row in table.rows:
         (name,) = collect(table, as_in_the_paper(row, [30.0]), CONFIGS)
         assert name == row.name
+
+
+def test_a_run_of_reproduce_py_knows_its_row_whatever_its_settings():
+    rows = {row.name: row for row in FIGURE3.rows}
+    runs = [run._replace(name=rows['bn-k4'].run) for run in as_in_the_paper(rows['bn-k1'], [30.0])]
+    assert list(collect(FIGURE3, runs, CONFIGS)) == ['bn-k4']
 
 
 def test_curves_are_means_over_trials():
@@ -390,6 +398,15 @@ def test_a_command_that_leaves_nothing_is_a_failure(fake):
         train = 'pass'
 
     assert run(fake(Idle))[0].startswith('FAILED: training (the command ended well, but left no result)')
+
+
+def test_an_evaluation_of_an_earlier_epoch_is_not_the_last(fake):
+    trial = fake()
+    run(trial)
+    (trial.work_dir / 'epoch_9.pth').touch()
+    (trial.work_dir / 'last_checkpoint').write_text('epoch_9.pth')
+    shutil.move(trial.work_dir / 'test' / 'now', trial.work_dir / 'test' / 'earlier')
+    assert run(fake())[1][0] == 'training'
 
 
 def test_a_half_written_evaluation_is_made_again(fake):
