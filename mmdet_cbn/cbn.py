@@ -1,5 +1,6 @@
 """The normalizer: Cross-Iteration Batch Normalization (Yao et al., Cross-Iteration Batch Normalization)."""
 
+import random
 import sys
 from collections.abc import Sequence
 from typing import Any, Literal, TypeVar
@@ -15,8 +16,11 @@ from .normalization import WindowNorm
 from .statistics import (
     CompensatedStatistics,
     NaiveStatistics,
+    SampledStatistics,
     batch_statistics,
     compensate,
+    compensate_samples,
+    sampled_statistics,
     statistics_gradients,
     window_statistics,
 )
@@ -58,6 +62,11 @@ class CBN(nn.BatchNorm2d):
             min(ceil(16 / images per GPU), 8) (section 4.3), which :class:`CBNBurnInHook` puts in from the train
             dataloader.
         order: 1 for the paper's compensation; 0 for none (Naive CBN), which needs no convolution.
+        samples: None for the paper's compensation by gradients at all positions. A number, as 64, for one by so many
+            positions of each iteration, drawn at random: mean and variance change as they do at these. It needs no
+            gradient and has no error from ending the Taylor series, but one from sampling: with all positions it is
+            exact for the layer (second order), and as the number grows it tends to that. Random numbers are drawn from
+            a stream of the layer's own, of ``torch.initial_seed()``.
         device: Of parameters and buffers, as in torch.
         dtype: Of parameters and buffers, as in torch.
 
@@ -84,6 +93,7 @@ class CBN(nn.BatchNorm2d):
         track_running_stats: bool = True,
         window_size: int | Literal['auto'] = 4,
         order: int = 1,
+        samples: int | None = None,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -94,8 +104,17 @@ class CBN(nn.BatchNorm2d):
         check_int('CBN', 'order', order, at_least=0)
         if order > 1:
             raise ValueError(f'CBN: order must be 0 (Naive CBN) or 1 (first-order compensation), got {order}')
+        if samples is not None:
+            check_int('CBN', 'samples', samples, at_least=2, alternative=' or None')
+            if order == 0:
+                raise ValueError(
+                    f'CBN: samples must be None with order=0, which compensates for nothing, got {samples}'
+                )
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         self.order = order
+        self.samples = samples
+        # Its own, so that no other stream of random numbers is touched; of a seeded run always the same.
+        self._random = random.Random(torch.initial_seed())
         self.burn_in = False
         self.window_length = 0
         self._finder = ConvFinder()
@@ -113,7 +132,7 @@ class CBN(nn.BatchNorm2d):
         Args:
             module: A model with ``nn.BatchNorm2d`` or ``nn.SyncBatchNorm`` layers, or one of them itself.
             prefixes: Names of the parts to convert, as in ``named_modules``; None for all.
-            **arguments: ``window_size`` and ``order`` of the new layers; their other arguments are the old layers'.
+            **arguments: ``window_size``, ``order`` and ``samples`` of the new layers; the others are the old layers'.
 
         Returns:
             ``module``.
@@ -149,7 +168,7 @@ class CBN(nn.BatchNorm2d):
         self._start_or_stop_finder()
 
     def extra_repr(self) -> str:
-        return f'{super().extra_repr()}, window_size={self.window_size!r}, order={self.order}'
+        return f'{super().extra_repr()}, window_size={self.window_size!r}, order={self.order}, samples={self.samples}'
 
     def train(self, mode: bool = True) -> 'CBN':
         super().train(mode)
@@ -244,8 +263,11 @@ class CBN(nn.BatchNorm2d):
                 self.window_length = 1 if self._past is None else 1 + len(self._window)
                 if conv is None:
                     self._window.push(NaiveStatistics(mean, var))
-                else:
+                elif self.samples is None:
                     self._window.push(CompensatedStatistics(mean, var, *statistics_gradients(input, batch_mean, conv)))
+                else:
+                    start = self._random.random()
+                    self._window.push(sampled_statistics(input, mean, var, conv, self.samples, start))
                 self._update_running_statistics(batch_mean, var * (positions / (positions - 1)))
 
         return WindowNorm.apply(
@@ -259,9 +281,12 @@ class CBN(nn.BatchNorm2d):
             return None
         if conv is None:
             return past.mean, past.var
-        if past.var_grad.shape[1:] != conv.weight.shape:  # the layer is fed by unlike convolutions in turn
-            return None
-        return compensate(past, conv.weight, conv.groups)
+        # Else the layer is fed by unlike convolutions in turn.
+        if isinstance(past, SampledStatistics):
+            fits = past.patches.size(-1) * conv.weight.size(0) == conv.weight.numel() * conv.groups
+            return compensate_samples(past, conv.weight, conv.groups) if fits else None
+        fits = past.var_grad.shape[1:] == conv.weight.shape
+        return compensate(past, conv.weight, conv.groups) if fits else None
 
     def _update_running_statistics(self, mean: Tensor, unbiased_var: Tensor) -> None:
         """As in BatchNorm: from the current batch alone, the variance unbiased."""

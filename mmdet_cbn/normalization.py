@@ -64,12 +64,12 @@ class WindowNorm(torch.autograd.Function):
         if gamma is None:
             gamma = torch.ones_like(share)
         # Autograd casts the gradients of gamma, beta and b to their own precision.
+        invstd = (var + ctx.eps).rsqrt()
         dx, dweight, dbias = _backward(
-            dy, x, gamma * share, None, None, mean, (var + ctx.eps).rsqrt(), True, ctx.eps, [need_x, True, True]
+            dy, x, gamma * share, None, None, mean, invstd, True, ctx.eps, [need_x, True, True]
         )
         if need_x:
-            constant = gamma * (1 - share)
-            dx += _backward(dy, x, constant, mean, var, None, None, False, ctx.eps, [True, False, False])[0]
+            dx.addcmul_(dy, ((1 - share) * gamma * invstd).view(-1, 1, 1))
         # x depends on b, so dx is there where the gradient of b is asked for.
         dconv_bias = -dx.sum(dim=(0, 2, 3), dtype=mean.dtype) if need_conv_bias else None
         return dx, dweight if need_weight else None, dbias if need_bias else None, dconv_bias, None, None, None, None

@@ -49,6 +49,19 @@ class NaiveStatistics(NamedTuple):
     var: Tensor  #: var_tau, [C_out]
 
 
+class SampledStatistics(NamedTuple):
+    """What the window keeps of one iteration tau for compensation by n samples (stacked: with a leading axis).
+
+    The patches under n positions show how mean and variance change with theta, without a gradient and to all orders.
+    """
+
+    mean: Tensor  #: mu_tau, [C_out]
+    var: Tensor  #: var_tau, [C_out]
+    patches: Tensor  #: p, [n, C_in * kh * kw]
+    sample_mean: Tensor  #: mean over the sample under theta_tau, [C_out]
+    sample_var: Tensor  #: biased variance over the sample under theta_tau, [C_out]
+
+
 def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance over batch and positions (Eq. 2 and 3).
 
@@ -58,13 +71,12 @@ def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Mean [C] and variance [C].
     """
-    if x.is_cpu:
-        # The statistics kernel of BatchNorm itself, about three times as fast on the CPU as torch.var_mean; it
-        # returns the precision of the running statistics that it is given.
-        ignored = x.new_zeros(x.size(1), dtype=statistics_dtype(x))
-        mean, var = torch.ops.aten.batch_norm_update_stats(x, ignored, ignored.clone(), 0.0)
-        return mean, var
-    var, mean = torch.var_mean(x.to(statistics_dtype(x)), dim=(0, 2, 3), correction=0)
+    x = x.to(statistics_dtype(x))
+    if x.is_cpu and x.is_contiguous():
+        # Three to ten times as fast here as torch.var_mean, and two to four as BatchNorm's own kernel.
+        mean = x.mean(dim=(2, 3)).mean(dim=0)
+        return mean, (x - mean.view(-1, 1, 1)).square_().mean(dim=(2, 3)).mean(dim=0)
+    var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
     return mean, var
 
 
@@ -146,6 +158,87 @@ def compensate(past: CompensatedStatistics, weight: Tensor, groups: int) -> tupl
     return past.mean + mean_change, (past.var + var_change - mean_change.square()).clamp(min=0)
 
 
+def sampled_statistics(
+    x: Tensor, mean: Tensor, var: Tensor, conv: ConvCall, samples: int, start: float
+) -> SampledStatistics:
+    """What to keep of the current iteration for compensation by samples.
+
+    Args:
+        x: Output of the convolution, bias included, [N, C_out, H, W].
+        mean: Mean of ``x`` without the bias, [C_out], in the precision of the statistics.
+        var: Variance of ``x``, [C_out].
+        conv: The call that made ``x``.
+        samples: n; where there are no more positions than that, all are taken.
+        start: Random number from 0 to 1 that chooses the positions.
+    """
+    count, (height, width) = x.numel() // x.size(1), x.shape[2:]
+    if count <= samples:
+        positions = torch.arange(count, device=x.device)
+    else:
+        # Multiples of the golden ratio from a random start: each position is as likely as any other, and they spread
+        # evenly, in step with no row or column of the map.
+        end = start + (samples - 1) * _GOLDEN_RATIO
+        places = torch.linspace(start, end, samples, dtype=torch.float64, device=x.device).frac_()
+        positions = (places * count).long()
+    place = [positions // (height * width), positions // width % height, positions % width]
+    patches = _patches(conv, *place).to(mean.dtype)
+    if x.dtype == mean.dtype:
+        outputs = torch.ops.aten.index.Tensor(x.permute(0, 2, 3, 1), place)
+        sample_var, sample_mean = torch.var_mean(outputs if conv.bias is None else outputs - conv.bias, 0, correction=0)
+    else:  # lest the difference from the current weights be that between two precisions
+        one = patches.unsqueeze(0)
+        sample_mean, sample_var = (t.squeeze(0) for t in _over_samples(one, conv.weight.to(mean.dtype), conv.groups))
+    return SampledStatistics(mean, var, patches, sample_mean, sample_var)
+
+
+_GOLDEN_RATIO = (5**0.5 - 1) / 2
+
+
+def _patches(conv: ConvCall, image: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    """The input under the kernel at n positions of the output, [n, C_in * kh * kw]."""
+    inputs = conv.input.permute(0, 2, 3, 1)
+    seen, inside = [], []
+    for at, axis in ((row, 0), (column, 1)):
+        stride, padding, dilation = conv.stride[axis], conv.padding[axis], conv.dilation[axis]
+        elements = torch.arange(-padding, conv.weight.size(axis + 2) * dilation - padding, dilation, device=at.device)
+        wanted = (at * stride).unsqueeze(1) + elements  # [n, kh] or [n, kw], beyond the input where that is padded
+        seen.append(wanted.clamp(0, inputs.size(axis + 1) - 1) if padding else wanted)
+        inside.append(seen[axis] == wanted)
+    where = [image.view(-1, 1, 1), seen[0].unsqueeze(2), seen[1].unsqueeze(1)]
+    patches = torch.ops.aten.index.Tensor(inputs, where)  # [n, kh, kw, C_in]
+    if any(conv.padding):
+        patches = patches * (inside[0].unsqueeze(2) & inside[1].unsqueeze(1)).unsqueeze(3)
+    return patches.permute(0, 3, 1, 2).flatten(1)
+
+
+def _over_samples(patches: Tensor, theta: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of theta . p over n patches [k, n, C_in * kh * kw] of k iterations, [k, C_out] each."""
+    k, n, _ = patches.shape
+    if groups == 1:
+        x = patches.flatten(0, 1) @ theta.flatten(1).T
+    else:
+        by_group = theta.reshape(groups, len(theta) // groups, -1)
+        x = torch.einsum('mgd,gcd->mgc', patches.reshape(k * n, groups, -1), by_group)
+    x = x.reshape(k, n, -1)
+    mean = x.mean(dim=1)
+    return mean, (x - mean.unsqueeze(1)).square_().mean(dim=1)
+
+
+def compensate_samples(past: SampledStatistics, weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Statistics of earlier iterations under the current weights, by the change that their samples show.
+
+    Args:
+        past: Statistics of n earlier iterations, stacked.
+        weight: theta_t, [C_out, C_in / groups, kh, kw].
+        groups: Groups of the convolution.
+
+    Returns:
+        mu' and var' of each earlier iteration, [n, C_out] each.
+    """
+    mean, var = _over_samples(past.patches, weight.to(past.mean.dtype), groups)
+    return past.mean + (mean - past.sample_mean), (past.var + (var - past.sample_var)).clamp_(min=0)
+
+
 def window_statistics(mean: Tensor, var: Tensor, past_mean: Tensor, past_var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Statistics over the window (Eq. 9 to 11).
 
@@ -162,9 +255,11 @@ def window_statistics(mean: Tensor, var: Tensor, past_mean: Tensor, past_var: Te
         Mean [C], biased variance [C], and the share [C] that the current iteration has in them: 1 / (n + 1), more where
         earlier iterations were left out.
     """
-    valid = torch.isfinite(past_mean) & torch.isfinite(past_var)
-    share = 1 / (valid.sum(dim=0) + 1).to(mean.dtype)
-    window_mean = (mean + past_mean.where(valid, 0).sum(dim=0)) * share
-    spread = (mean - window_mean).square() + (past_mean - window_mean).square().where(valid, 0).sum(dim=0)
-    window_var = (var + past_var.where(valid, 0).sum(dim=0) + spread) * share
-    return window_mean, window_var, share
+    valid = torch.isfinite(past_mean + past_var)
+    share = (valid.sum(dim=0, dtype=mean.dtype) + 1).reciprocal_()
+    # About the current mean: the numbers are small, and one that is left out is 0.
+    distance = (past_mean - mean).where(valid, 0)
+    shift = distance.sum(dim=0) * share
+    spread = (past_var + distance.square()).where(valid, 0).sum(dim=0)
+    window_var = torch.addcmul((var + spread) * share, shift, shift, value=-1).clamp_(min=0)
+    return mean + shift, window_var, share

@@ -389,8 +389,9 @@ def test_a_replaced_convolution_is_found_in_the_next_forward(someone_watches, ex
     assert other is not None or replaced() is None, 'a convolution out of use is given back'
 
 
-def test_unlike_convolutions_in_turn_do_not_mix_their_windows():
-    norm = CBN(4, window_size=3).double()
+@pytest.mark.parametrize('samples', [None, 8])
+def test_unlike_convolutions_in_turn_do_not_mix_their_windows(samples):
+    norm = CBN(4, window_size=3, samples=samples).double()
     small, large = nn.Conv2d(4, 4, 1).double(), nn.Conv2d(4, 4, 3, padding=1).double()
     lengths = []
     for conv, x in zip([small, large, *[small] * 3, *[large] * 3], batches(8), strict=True):
@@ -399,9 +400,10 @@ def test_unlike_convolutions_in_turn_do_not_mix_their_windows():
     assert lengths == [1, 1, 1, 2, 3, 1, 2, 3]
 
 
+@pytest.mark.parametrize('samples', [None, 8])
 @pytest.mark.parametrize('clone', [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_a_copy_has_a_window_and_convolution_of_its_own(clone):
-    model = conv_and_norm(window_size=3)
+def test_a_copy_has_a_window_and_convolution_of_its_own(clone, samples):
+    model = conv_and_norm(window_size=3, samples=samples)
     for x in batches(3):
         model(x)
     twin = clone(model)
@@ -519,6 +521,9 @@ def test_one_value_a_channel_is_an_error_as_in_batchnorm():
         (dict(order=2), ValueError, r'order must be 0 \(Naive CBN\) or 1 \(first-order compensation\), got 2'),
         (dict(order=-1), ValueError, 'order must be'),
         (dict(order=1.0), TypeError, 'order must be'),
+        (dict(samples=1), ValueError, 'samples must be an int >= 2 or None, got 1'),
+        (dict(samples=64.0), TypeError, 'samples must be an int >= 2 or None, got 64.0 of type float'),
+        (dict(samples=64, order=0), ValueError, 'samples must be None with order=0, .* got 64'),
     ],
 )
 def test_wrong_arguments_are_named(arguments, error, message):

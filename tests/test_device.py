@@ -36,11 +36,11 @@ class Context(SimpleNamespace):
         self.saved_tensors = tensors
 
 
-@pytest.mark.parametrize('order', [0, 1])
+@pytest.mark.parametrize(('order', 'samples'), [(0, None), (1, None), (1, 8)])
 @pytest.mark.parametrize('momentum', [0.1, None])
 @pytest.mark.parametrize('bias', [False, True])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16])
-def test_training_never_waits_for_the_device(order, momentum, bias, dtype, monkeypatch):
+def test_training_never_waits_for_the_device(order, samples, momentum, bias, dtype, monkeypatch):
     contexts = []
 
     def apply(*args):
@@ -50,7 +50,7 @@ def test_training_never_waits_for_the_device(order, momentum, bias, dtype, monke
     monkeypatch.setattr(WindowNorm, 'apply', apply)
     with FakeTensorMode() as mode, torch.no_grad():
         conv = nn.Conv2d(3, 4, 3, padding=1, stride=2, bias=bias, dtype=dtype)
-        norm = CBN(4, window_size=3, order=order, momentum=momentum)
+        norm = CBN(4, window_size=3, order=order, samples=samples, momentum=momentum)
         model, fake = to_cuda(nn.Sequential(conv, norm), mode)
         for step in range(4):
             y = model(fake(torch.empty(2, 3, 8, 8, dtype=dtype)))
