@@ -280,3 +280,22 @@ def test_wrong_arguments_are_refused_by_name(arguments, message, capsys):
 def test_no_config_is_refused():
     with pytest.raises(ValueError, match='configs must be one or more'):
         benchmark([], Settings('cpu'))
+
+
+def test_the_slow_peer_computes_what_cbn_does():
+    layer = runpy.run_path(str(ROOT / 'benchmarks' / 'layer.py'))
+    outputs = []
+    for kind in ('CBN', 'two gradients by autograd'):
+        torch.manual_seed(0)
+        conv = nn.Conv2d(4, 6, 3, padding=1, bias=False).double()
+        norm = layer['KINDS'][kind](6, conv).double()
+        optimizer = torch.optim.SGD([*conv.parameters(), *norm.parameters()], lr=0.1)
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(6):
+            x = torch.randn(2, 4, 7, 5, generator=generator, dtype=torch.float64)
+            y = norm(conv(x))
+            optimizer.zero_grad()
+            y.sin().sum().backward()
+            optimizer.step()
+        outputs.append((y.detach(), conv.weight.detach(), norm.weight.detach()))
+    torch.testing.assert_close(*outputs)
