@@ -9,6 +9,7 @@ round, and the bytes that the window holds for an old iteration, in weights of t
 
 import argparse
 import platform
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -104,8 +105,8 @@ def main() -> None:
     parser.add_argument('--rounds', type=int, default=30, help='timed steps of each kind (default: %(default)s)')
     parser.add_argument('--out', type=Path, help='file to write the table to')
     args = parser.parse_args()
-    bar = ProgressBar(len(SHAPES) * len(KINDS) * (args.rounds + 5))
-    head = ['shape', 'BN, ms', *(cell for kind in list(KINDS)[1:] for cell in (kind, ''))]
+    bar = ProgressBar(len(SHAPES) * len(KINDS) * (args.rounds + 5), file=sys.stderr)
+    head = ['shape', 'BN, ms', *(cell for kind in list(KINDS)[1:] for cell in (kind, 'window'))]
     lines = [f'| {" | ".join(head)} |', '|---' * len(head) + '|']
     for shape in SHAPES:
         batch, *size = shape.input
