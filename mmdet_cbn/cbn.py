@@ -280,7 +280,8 @@ class CBN(nn.BatchNorm2d):
         if past is None:
             return None
         if conv is None:
-            return past.mean, past.var
+            # Of their own, lest the second run of a checkpointed block see what the first put into the window.
+            return past.mean.clone(), past.var.clone()
         # Else the layer is fed by unlike convolutions in turn.
         if isinstance(past, SampledStatistics):
             fits = past.patches.size(-1) * conv.weight.size(0) == conv.weight.numel() * conv.groups

@@ -415,9 +415,10 @@ def test_a_copy_has_a_window_and_convolution_of_its_own(clone, samples):
     assert twin[1].window_length == 3
 
 
+@pytest.mark.parametrize('kind', [dict(), dict(order=0), dict(samples=8)], ids=str)
 @pytest.mark.parametrize('use_reentrant', [False, True])
-def test_a_checkpointed_block_sees_the_same_window_twice_and_advances_it_once(use_reentrant):
-    model, plain = conv_and_norm(window_size=3), conv_and_norm(window_size=3)
+def test_a_checkpointed_block_sees_the_same_window_twice_and_advances_it_once(use_reentrant, kind):
+    model, plain = (conv_and_norm(window_size=3, **kind) for _ in range(2))
     for x in batches(5):
         results = []
         for net, call in ((plain, plain), (model, lambda x: checkpoint(model, x, use_reentrant=use_reentrant))):
