@@ -3,6 +3,7 @@
 import random
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -249,10 +250,12 @@ class CBN(nn.BatchNorm2d):
         second_run = torch._C._current_graph_task_id() != -1
         conv_bias = conv.bias if conv is not None else None
 
-        with torch.no_grad(), torch.autocast(input.device.type, enabled=False):
+        device = input.device.type
+        # Made only where there is one to be kept out: it takes as long as some of the statistics.
+        autocast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+        with torch.no_grad(), autocast:
             batch_mean, var = batch_statistics(input)
-            shift = conv_bias.to(batch_mean.dtype) if conv_bias is not None else 0
-            mean = batch_mean - shift
+            mean = batch_mean if conv_bias is None else batch_mean - conv_bias
             if not second_run:
                 self._past = self._past_statistics(conv)
             if self._past is None:
@@ -270,9 +273,9 @@ class CBN(nn.BatchNorm2d):
                     self._window.push(sampled_statistics(input, mean, var, conv, self.samples, start))
                 self._update_running_statistics(batch_mean, var * (positions / (positions - 1)))
 
-        return WindowNorm.apply(
-            input, self.weight, self.bias, conv_bias, window_mean + shift, window_var, share, self.eps
-        )
+            if conv_bias is not None:
+                window_mean = window_mean + conv_bias
+        return WindowNorm.apply(input, self.weight, self.bias, conv_bias, window_mean, window_var, share, self.eps)
 
     def _past_statistics(self, conv: ConvCall | None) -> tuple[Tensor, Tensor] | None:
         """mu' and var' of the earlier iterations, [n, C] each; None if there are none."""

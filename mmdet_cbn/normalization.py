@@ -63,13 +63,12 @@ class WindowNorm(torch.autograd.Function):
         need_x, need_weight, need_bias, need_conv_bias = ctx.needs_input_grad[:4]
         if gamma is None:
             gamma = torch.ones_like(share)
-        # Autograd casts the gradients of gamma, beta and b to their own precision.
         invstd = (var + ctx.eps).rsqrt()
-        dx, dweight, dbias = _backward(
-            dy, x, gamma * share, None, None, mean, invstd, True, ctx.eps, [need_x, True, True]
-        )
+        own = gamma * share
+        # Autograd casts the gradients of gamma, beta and b to their own precision.
+        dx, dweight, dbias = _backward(dy, x, own, None, None, mean, invstd, True, ctx.eps, [need_x, True, True])
         if need_x:
-            dx.addcmul_(dy, ((1 - share) * gamma * invstd).view(-1, 1, 1))
+            dx.addcmul_(dy, ((gamma - own) * invstd).view(-1, 1, 1))
         # x depends on b, so dx is there where the gradient of b is asked for.
         dconv_bias = -dx.sum(dim=(0, 2, 3), dtype=mean.dtype) if need_conv_bias else None
         return dx, dweight if need_weight else None, dbias if need_bias else None, dconv_bias, None, None, None, None

@@ -113,31 +113,32 @@ def statistics_gradients(x: Tensor, mean: Tensor, conv: ConvCall) -> tuple[Tenso
 def _input_sums(inputs: Tensor, x: Tensor, conv: ConvCall) -> Tensor:
     """Sum of the patches p over batch and positions, [C_in, kh, kw].
 
-    Kernel element (u, v) sees a rectangular grid of the rows and columns of the zero-padded input. Which ones are 0/1
-    matrices [kh, H] and [kw, W]; two small products with the input, summed over the batch, give all elements at once.
+    A kernel element sees some rows and some columns of the input, and zeros beyond; the sum goes over either in turn.
     """
-    rows, columns = (
-        _seen(inputs.size(axis), x.size(axis), conv.weight.size(axis), s, p, d, inputs)
-        for axis, s, p, d in zip((2, 3), conv.stride, conv.padding, conv.dilation, strict=True)
-    )
-    return rows @ inputs.sum(dim=0) @ columns.T
+    sums = inputs.sum(dim=0) if len(inputs) > 1 else inputs.squeeze(0)  # of one image, the sum would be a copy
+    for axis, stride, padding, dilation in zip((1, 2), conv.stride, conv.padding, conv.dilation, strict=True):
+        firsts = range(-padding, conv.weight.size(axis + 1) * dilation - padding, dilation)
+        reach = (x.size(axis + 1) - 1) * stride + 1
+        seen = [_slice(sums, axis, max(f, f % stride), max(f + reach, 0), stride) for f in firsts]
+        sums = torch.stack([part.sum(dim=axis) for part in seen], dim=axis)
+    return sums
 
 
-def _seen(size: int, out_size: int, kernel: int, stride: int, padding: int, dilation: int, like: Tensor) -> Tensor:
-    """[kernel, size]: 1 where the kernel element lies on the input element for one of the output positions, else 0."""
-    element = torch.arange(kernel, device=like.device).unsqueeze(1) * dilation
-    offset = torch.arange(size, device=like.device) + padding - element  # = position * stride where seen
-    return ((offset >= 0) & (offset <= (out_size - 1) * stride) & (offset % stride == 0)).to(like.dtype)
+_slice = torch.ops.aten.slice.Tensor
 
 
 def _products(mean_grad: Tensor, var_grad: Tensor, theta: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """dmu/dtheta . theta and dvar/dtheta . theta of n iterations, [n, C_out] each."""
-    n, channels = len(mean_grad), len(theta)
-    by_mean = torch.einsum(
-        'ngd,gcd->ngc', mean_grad.reshape(n, groups, -1), theta.reshape(groups, channels // groups, -1)
-    )
-    by_var = torch.einsum('ncd,cd->nc', var_grad.reshape(n, channels, -1), theta.reshape(channels, -1))
-    return by_mean.reshape(n, channels), by_var
+    by_mean = _outputs(mean_grad.flatten(1), theta, groups)
+    return by_mean, torch.linalg.vecdot(var_grad.flatten(2), theta.flatten(1))
+
+
+def _outputs(patches: Tensor, theta: Tensor, groups: int) -> Tensor:
+    """theta . p of n patches [n, C_in * kh * kw], [n, C_out]."""
+    if groups == 1:
+        return patches @ theta.flatten(1).T
+    by_group = theta.reshape(groups, len(theta) // groups, -1)
+    return torch.einsum('ngd,gcd->ngc', patches.reshape(len(patches), groups, -1), by_group).flatten(1)
 
 
 def compensate(past: CompensatedStatistics, weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -184,11 +185,11 @@ def sampled_statistics(
     patches = _patches(conv, *place).to(mean.dtype)
     if x.dtype == mean.dtype:
         outputs = torch.ops.aten.index.Tensor(x.permute(0, 2, 3, 1), place)
-        sample_var, sample_mean = torch.var_mean(outputs if conv.bias is None else outputs - conv.bias, 0, correction=0)
+        if conv.bias is not None:
+            outputs = outputs - conv.bias
     else:  # lest the difference from the current weights be that between two precisions
-        one = patches.unsqueeze(0)
-        sample_mean, sample_var = (t.squeeze(0) for t in _over_samples(one, conv.weight.to(mean.dtype), conv.groups))
-    return SampledStatistics(mean, var, patches, sample_mean, sample_var)
+        outputs = _outputs(patches, conv.weight.to(mean.dtype), conv.groups)
+    return SampledStatistics(mean, var, patches, *_over_samples(outputs))
 
 
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
@@ -201,7 +202,8 @@ def _patches(conv: ConvCall, image: Tensor, row: Tensor, column: Tensor) -> Tens
     for at, axis in ((row, 0), (column, 1)):
         stride, padding, dilation = conv.stride[axis], conv.padding[axis], conv.dilation[axis]
         elements = torch.arange(-padding, conv.weight.size(axis + 2) * dilation - padding, dilation, device=at.device)
-        wanted = (at * stride).unsqueeze(1) + elements  # [n, kh] or [n, kw], beyond the input where that is padded
+        # [n, kh] or [n, kw], beyond the input where that is padded
+        wanted = torch.add(elements, at.unsqueeze(1), alpha=stride)
         seen.append(wanted.clamp(0, inputs.size(axis + 1) - 1) if padding else wanted)
         inside.append(seen[axis] == wanted)
     where = [image.view(-1, 1, 1), seen[0].unsqueeze(2), seen[1].unsqueeze(1)]
@@ -211,17 +213,10 @@ def _patches(conv: ConvCall, image: Tensor, row: Tensor, column: Tensor) -> Tens
     return patches.permute(0, 3, 1, 2).flatten(1)
 
 
-def _over_samples(patches: Tensor, theta: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of theta . p over n patches [k, n, C_in * kh * kw] of k iterations, [k, C_out] each."""
-    k, n, _ = patches.shape
-    if groups == 1:
-        x = patches.flatten(0, 1) @ theta.flatten(1).T
-    else:
-        by_group = theta.reshape(groups, len(theta) // groups, -1)
-        x = torch.einsum('mgd,gcd->mgc', patches.reshape(k * n, groups, -1), by_group)
-    x = x.reshape(k, n, -1)
-    mean = x.mean(dim=1)
-    return mean, (x - mean.unsqueeze(1)).square_().mean(dim=1)
+def _over_samples(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance over n samples [..., n, C_out], [..., C_out] each."""
+    mean = x.mean(dim=-2)  # not torch.var_mean, which takes ten times as long on the CPU
+    return mean, (x - mean.unsqueeze(-2)).square_().mean(dim=-2)
 
 
 def compensate_samples(past: SampledStatistics, weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -235,7 +230,8 @@ def compensate_samples(past: SampledStatistics, weight: Tensor, groups: int) -> 
     Returns:
         mu' and var' of each earlier iteration, [n, C_out] each.
     """
-    mean, var = _over_samples(past.patches, weight.to(past.mean.dtype), groups)
+    x = _outputs(past.patches.flatten(0, 1), weight.to(past.mean.dtype), groups)
+    mean, var = _over_samples(x.unflatten(0, past.patches.shape[:2]))
     return past.mean + (mean - past.sample_mean), (past.var + (var - past.sample_var)).clamp_(min=0)
 
 
@@ -255,11 +251,11 @@ def window_statistics(mean: Tensor, var: Tensor, past_mean: Tensor, past_var: Te
         Mean [C], biased variance [C], and the share [C] that the current iteration has in them: 1 / (n + 1), more where
         earlier iterations were left out.
     """
-    valid = torch.isfinite(past_mean + past_var)
+    # About the current mean, so that the numbers are small, and one that is left out is 0.
+    distance = past_mean - mean
+    spread = torch.addcmul(past_var, distance, distance)
+    valid = spread < torch.inf  # which NaN is not either
     share = (valid.sum(dim=0, dtype=mean.dtype) + 1).reciprocal_()
-    # About the current mean: the numbers are small, and one that is left out is 0.
-    distance = (past_mean - mean).where(valid, 0)
-    shift = distance.sum(dim=0) * share
-    spread = (past_var + distance.square()).where(valid, 0).sum(dim=0)
-    window_var = torch.addcmul((var + spread) * share, shift, shift, value=-1).clamp_(min=0)
-    return mean + shift, window_var, share
+    shift = distance.where(valid, 0).sum(dim=0) * share
+    window_var = (spread.where(valid, 0).sum(dim=0) + var) * share
+    return mean + shift, window_var.addcmul_(shift, shift, value=-1).clamp_(min=0), share

@@ -4,7 +4,6 @@ from math import ceil
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
 
 Statistics = TypeVar('Statistics', bound=NamedTuple)
 
@@ -45,25 +44,22 @@ class Window(Generic[Statistics]):
         if not self._fits(statistics):
             self.clear()
             self._ring = type(statistics)(*(t.new_empty(self.capacity, *t.shape) for t in statistics))
-        slots = [slots.select(0, self._next) for slots in self._ring]  # type: ignore[union-attr]
+        slots = [ring.select(0, self._next) for ring in self._ring]  # type: ignore[union-attr]
         torch._foreach_copy_(slots, list(statistics))  # one launch for all, on a GPU
         self._next = (self._next + 1) % self.capacity
         self._length = min(self._length + 1, self.capacity)
 
     def stacked(self) -> Statistics | None:
         """All iterations as one named tuple of tensors with a leading axis of ``len(self)``; None if there are none."""
-        if self._ring is None:
-            return None
-        return type(self._ring)(*(slots.narrow(0, 0, self._length) for slots in self._ring))
+        if self._ring is None or self._length == self.capacity:
+            return self._ring
+        return type(self._ring)(*(ring.narrow(0, 0, self._length) for ring in self._ring))
 
     def _fits(self, statistics: Statistics) -> bool:
         return type(self._ring) is type(statistics) and all(
-            _kind(slots.select(0, 0)) == _kind(tensor) for slots, tensor in zip(self._ring, statistics, strict=True)
+            ring.shape[1:] == tensor.shape and ring.dtype == tensor.dtype and ring.device == tensor.device
+            for ring, tensor in zip(self._ring, statistics, strict=True)
         )
-
-
-def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
-    return tensor.shape, tensor.dtype, tensor.device
 
 
 def suggested_window_size(images_per_gpu: int) -> int:
