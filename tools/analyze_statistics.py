@@ -1,0 +1,83 @@
+r"""How far CBN's compensated statistics are from those that old images really have under the current weights:
+
+    python tools/analyze_statistics.py configs/cbn/faster-rcnn_r50_fpn_cbn-all_1x_coco.py --out work_dirs/statistics
+
+The config is trained, without evaluation and checkpoints, and the layers of its backbone and neck are looked at.
+Nothing is compared before burn-in is over; --cfg-options custom_hooks.0.burn_in_epochs=0 leaves it out.
+"""
+
+import argparse
+import csv
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config, DictAction
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+
+from mmdet_cbn.experiments.fidelity import Error, StatisticsFidelityHook, to_markdown
+
+
+class Enough(Exception):
+    """Ends a training from within, which mmengine has no other way for."""
+
+
+class StopHook(Hook):
+    priority = 'LOWEST'
+
+    def __init__(self, iters: int) -> None:
+        self.iters = iters
+
+    def after_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
+        if runner.iter + 1 >= self.iters:
+            raise Enough
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config', type=Path, metavar='CONFIG')
+    parser.add_argument('--out', type=Path, required=True, metavar='DIR', help='folder to write to')
+    parser.add_argument('--every', type=int, default=10, help='iterations between comparisons (default: %(default)s)')
+    parser.add_argument('--max-tau', type=int, default=7, help='iterations to look back (default: %(default)s)')
+    samples_help = 'numbers of samples to try (default: 64 256)'
+    parser.add_argument('--samples', type=int, nargs='+', default=[64, 256], help=samples_help)
+    parser.add_argument('--iters', type=int, help='stop after so many iterations (default: the whole training)')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='KEY=VALUE, merged into the config')
+    args = parser.parse_args()
+    if not args.config.is_file():
+        parser.error(f'CONFIG must be a file, got {args.config}')
+    try:
+        hook = StatisticsFidelityHook(args.every, args.max_tau, args.samples)
+    except (TypeError, ValueError) as error:
+        parser.error(str(error))
+
+    config = Config.fromfile(args.config)
+    config.merge_from_dict(args.cfg_options or {})
+    config.work_dir = str(args.out)
+    config.default_hooks.checkpoint = None
+    for split in ('val', 'test'):
+        for key in ('dataloader', 'cfg', 'evaluator'):
+            config[f'{split}_{key}'] = None
+    runner = Runner.from_cfg(config)
+    runner.register_hook(hook)
+    if args.iters is not None:
+        runner.register_hook(StopHook(args.iters))
+    with suppress(Enough):
+        runner.train()
+    if not hook.errors:
+        parser.error(
+            f'--every {args.every} and --max-tau {args.max_tau} allow no comparison after burn-in in a training of '
+            f'{runner.iter + 1} iterations'
+        )
+    taus = sorted({1, max(args.max_tau // 2, 1), args.max_tau})
+    table = to_markdown(hook.errors, taus)
+    (args.out / 'statistics.md').write_text(table, encoding='utf-8')
+    with open(args.out / 'statistics.csv', 'w', newline='', encoding='utf-8') as file:
+        writer = csv.writer(file)
+        writer.writerows([Error._fields, *hook.errors])
+    print(table, end='')
+
+
+if __name__ == '__main__':
+    main()
