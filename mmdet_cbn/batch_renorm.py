@@ -11,6 +11,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from .arguments import check_int, check_real
+from .normalization import runs_again
 from .statistics import batch_statistics
 
 
@@ -97,8 +98,7 @@ class BRN(nn.BatchNorm2d):
             return super().forward(input)
         self._check_input_dim(input)
         with torch.no_grad():
-            # A checkpointed block runs for a second time inside the backward pass; that is still the same step.
-            second_run = torch._C._current_graph_task_id() != -1
+            second_run = runs_again()
             mean, var = batch_statistics(input)
             deviation = (var + self.eps).sqrt()
             if self._correction is None or not second_run:

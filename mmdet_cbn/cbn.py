@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .arguments import check_int, check_names, check_real
 from .conversion import active_norms, become, under
 from .convolution import ConvCall, ConvFinder, unsupported_because
-from .normalization import WindowNorm
+from .normalization import WindowNorm, runs_again
 from .statistics import (
     CompensatedStatistics,
     NaiveStatistics,
@@ -246,8 +246,7 @@ class CBN(nn.BatchNorm2d):
             raise ValueError(
                 f'{self._title()} expected more than 1 value per channel when training, got input size {input.size()}'
             )
-        # A checkpointed block runs for a second time inside the backward pass; that is still the same iteration.
-        second_run = torch._C._current_graph_task_id() != -1
+        second_run = runs_again()
         conv_bias = conv.bias if conv is not None else None
 
         device = input.device.type

@@ -72,3 +72,8 @@ class WindowNorm(torch.autograd.Function):
         # x depends on b, so dx is there where the gradient of b is asked for.
         dconv_bias = -dx.sum(dim=(0, 2, 3), dtype=mean.dtype) if need_conv_bias else None
         return dx, dweight if need_weight else None, dbias if need_bias else None, dconv_bias, None, None, None, None
+
+
+def runs_again() -> bool:
+    """Whether a checkpointed block runs for a second time, inside the backward pass: that is still the same step."""
+    return torch._C._current_graph_task_id() != -1
