@@ -1,26 +1,14 @@
-"""What one convolution and its normalizer cost, forward and backward, beside BatchNorm:
+"""What one convolution and its normalizer cost, forward and backward, beside BatchNorm."""
 
-    python benchmarks/layer.py --out benchmarks/layer.md
-
-All kinds are timed in alternation in one process, an optimizer step included, since CBN compensates for what that
-changes. The table has the median (first to third quartile) over rounds of the time relative to BatchNorm's in the same
-round, and the bytes that the window holds for an old iteration, in weights of the convolution.
-"""
-
-import argparse
-import platform
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from mmengine.utils import ProgressBar
+from mmengine.model import revert_sync_batchnorm
 from torch import Tensor, nn
 
 from mmdet_cbn import CBN
-from mmdet_cbn.experiments.benchmark import quartiles, time_in_alternation
+from mmdet_cbn.experiments.benchmark import time_in_alternation
 
 
 class Shape(NamedTuple):
@@ -66,6 +54,7 @@ class TwoGradients(nn.BatchNorm2d):
 
 KINDS: dict[str, Callable[[int, nn.Conv2d], nn.Module]] = {
     'BN': lambda channels, conv: nn.BatchNorm2d(channels),
+    'SyncBN in one process': lambda channels, conv: revert_sync_batchnorm(nn.SyncBatchNorm(channels)),
     'GN': lambda channels, conv: nn.GroupNorm(32, channels),
     'two gradients by autograd': TwoGradients,
     'Naive CBN': lambda channels, conv: CBN(channels, order=0),
@@ -74,8 +63,11 @@ KINDS: dict[str, Callable[[int, nn.Conv2d], nn.Module]] = {
 }
 
 
-def training_step(kind: str, shape: Shape, x: Tensor, dy: Tensor) -> tuple[Callable[[], None], nn.Module]:
-    """A step with a convolution and normalizer of its own, and that normalizer."""
+def training_step(kind: str, shape: Shape, x: Tensor, dy: Tensor) -> Callable[[], None]:
+    """Forward and backward of a convolution and normalizer of its own, k = 4.
+
+    The weights stay what they are: that is the same work.
+    """
     torch.manual_seed(0)
     conv = nn.Conv2d(*shape.channels, shape.kernel, padding=shape.kernel // 2, bias=False)
     norm = KINDS[kind](shape.channels[1], conv)
@@ -84,44 +76,18 @@ def training_step(kind: str, shape: Shape, x: Tensor, dy: Tensor) -> tuple[Calla
     def step() -> None:
         torch.autograd.grad(norm(conv(x)), inputs, dy)
 
-    return step, norm
+    return step
 
 
-def window_in_weights(norm: nn.Module, shape: Shape) -> str:
-    """What the window holds for an old iteration, as a multiple of the convolution's weight."""
-    weight = 4 * np.prod(shape.channels) * shape.kernel**2
-    if isinstance(norm, CBN):
-        return f'{norm._window.nbytes / 3 / weight:.2f}'
-    if isinstance(norm, TwoGradients):
-        return f'{sum(t.nbytes for t in norm.past[0]) / weight:.2f}'
-    return ''
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--rounds', type=int, default=30, help='timed steps of each kind (default: %(default)s)')
-    parser.add_argument('--out', type=Path, help='file to write the table to')
-    args = parser.parse_args()
-    bar = ProgressBar(len(SHAPES) * len(KINDS) * (args.rounds + 5), file=sys.stderr)
-    head = ['shape', 'BN, ms', *(cell for kind in list(KINDS)[1:] for cell in (kind, 'window'))]
-    lines = [f'| {" | ".join(head)} |', '|---' * len(head) + '|']
+def time_layers(rounds: int, progress: Callable[[], None]) -> dict[str, dict[str, list[float]]]:
+    """Seconds of each round by name of the shape and kind, all kinds in alternation. ``progress`` is called after each
+    step, ``(rounds + 5) * len(SHAPES) * len(KINDS)`` times."""
+    seconds = {}
     for shape in SHAPES:
         batch, *size = shape.input
         x = torch.randn(batch, shape.channels[0], *size, requires_grad=True)
         dy = torch.randn(batch, shape.channels[1], *size)
-        steps, norms = zip(*(training_step(kind, shape, x, dy) for kind in KINDS), strict=True)
-        seconds = np.array(time_in_alternation(steps, args.rounds, warmup=5, progress=bar.update))
-        cells = [shape.name, f'{1000 * np.median(seconds[0]):.1f}']
-        for own, norm in zip(seconds[1:], norms[1:], strict=True):
-            ratio = quartiles(own / seconds[0])
-            cells += [f'{ratio["median"]:.2f} ({ratio["q1"]:.2f} to {ratio["q3"]:.2f})', window_in_weights(norm, shape)]
-        lines.append(f'| {" | ".join(cells)} |')
-    machine = f'torch {torch.__version__}, {torch.get_num_threads()} threads of {platform.machine()}'
-    table = '\n'.join([*lines, '', f'k = 4, {args.rounds} rounds; {machine}.', ''])
-    print(f'\n{table}', end='')
-    if args.out:
-        args.out.write_text(table)
-
-
-if __name__ == '__main__':
-    main()
+        steps = [training_step(kind, shape, x, dy) for kind in KINDS]
+        times = time_in_alternation(steps, rounds, warmup=5, progress=progress)
+        seconds[shape.name] = dict(zip(KINDS, times, strict=True))
+    return seconds

@@ -128,12 +128,12 @@ def _one_class_each(head: BBoxHead, _: Any, output: tuple[Tensor, Tensor]) -> tu
     return 10 * nn.functional.one_hot(classes, scores.size(1)).to(scores.dtype), boxes
 
 
-def _dicts(node: Any) -> Iterator[dict]:
+def dicts_in(node: Any) -> Iterator[dict]:
     """All dicts in a part of a config."""
     if isinstance(node, dict):
         yield node
     for child in node.values() if isinstance(node, dict) else node if isinstance(node, list | tuple) else ():
-        yield from _dicts(child)
+        yield from dicts_in(child)
 
 
 def make_inputs(batch_size: int, size: tuple[int, int], num_classes: int) -> dict[str, Any]:
@@ -165,11 +165,11 @@ class Detector:
         self.name, self.inputs, self.image = Path(config.filename).stem, inputs, image
         cfg = copy.deepcopy(config.model)
         cfg.setdefault('data_preprocessor', config.get('data_preprocessor'))
-        for node in _dicts(cfg):
-            if any('Pretrained' in str(init.get('type')) for init in _dicts(node.get('init_cfg'))):
+        for node in dicts_in(cfg):
+            if any('Pretrained' in str(init.get('type')) for init in dicts_in(node.get('init_cfg'))):
                 node['init_cfg'] = None
             node.pop('pretrained', None)
-        for node in _dicts((cfg.get('train_cfg') or {}).get('rcnn')):
+        for node in dicts_in((cfg.get('train_cfg') or {}).get('rcnn')):
             if 'MaxIoUAssigner' in str(node.get('type')):
                 node.clear()
                 node['type'] = AlternatingAssigner
@@ -289,7 +289,7 @@ def benchmark(configs: Sequence[Config], settings: Settings) -> dict[str, Any]:
     """
     if not configs:
         raise ValueError('benchmark: configs must be one or more, got none')
-    numbers = [node.get('num_classes') for config in configs for node in _dicts(config.model)]
+    numbers = [node.get('num_classes') for config in configs for node in dicts_in(config.model)]
     num_classes = min((number for number in numbers if isinstance(number, int)), default=1)
     inputs, image = (make_inputs(count, settings.size, num_classes) for count in (settings.batch_size, 1))
 
