@@ -13,6 +13,7 @@ from mmdet.models.backbones.resnet import BasicBlock, Bottleneck
 from mmengine.optim import build_optim_wrapper
 from oracle import OracleCBN
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from mmdet_cbn import CBN, convolution
@@ -150,6 +151,34 @@ def test_burn_in_is_batchnorm_and_the_window_fills_by_one_afterwards():
         model(x)
         lengths.append(model[1].window_length)
     assert lengths == [1, 2, 3, 3, 3]
+
+
+class Operations(TorchDispatchMode):
+    """Notes every operator that is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.called = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.called.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize('mode', ['burn-in', 'k = 1', 'evaluation'])
+@pytest.mark.parametrize('samples', [None, 8])
+def test_without_a_window_not_one_operator_is_called_beyond_batchnorms(mode, samples):
+    model = conv_and_norm(window_size=1 if mode == 'k = 1' else 3, samples=samples)
+    reference = nn.Sequential(copy.deepcopy(model[0]), nn.BatchNorm2d(4).double())
+    model[1].burn_in = mode == 'burn-in'
+    for x in batches(2):
+        called = []
+        for net in (model, reference):
+            net.train(mode != 'evaluation')
+            with Operations() as operations:
+                loss_of(net(x)).backward()
+            called.append(operations.called)
+        assert called[0] == called[1]
 
 
 @pytest.mark.parametrize('momentum', [0.1, 0.7, None])
