@@ -128,9 +128,15 @@ _slice = torch.ops.aten.slice.Tensor
 
 
 def _products(mean_grad: Tensor, var_grad: Tensor, theta: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """dmu/dtheta . theta and dvar/dtheta . theta of n iterations, [n, C_out] each."""
-    by_mean = _outputs(mean_grad.flatten(1), theta, groups)
-    return by_mean, torch.linalg.vecdot(var_grad.flatten(2), theta.flatten(1))
+    """dmu/dtheta . theta and dvar/dtheta . theta of n iterations, [n, C_out] each.
+
+    The result for one iteration does not depend on how many there are, down to the last bit on the CPU: so weights that
+    have not changed since make no correction at all. That is not so for matrix products.
+    """
+    n, theta = len(mean_grad), theta.reshape(groups, len(theta) // groups, -1)
+    by_mean = torch.linalg.vecdot(mean_grad.reshape(n, groups, 1, -1), theta)
+    by_var = torch.linalg.vecdot(var_grad.reshape(n, *theta.shape), theta)
+    return by_mean.flatten(1), by_var.flatten(1)
 
 
 def _outputs(patches: Tensor, theta: Tensor, groups: int) -> Tensor:

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from mmdet_cbn import CBN, convolution
+from mmdet_cbn.statistics import compensate
 
 CONVOLUTIONS = {
     '1x1': dict(kernel_size=1),
@@ -135,6 +136,16 @@ def test_window_size_1_is_batchnorm():
             results.append([y, *torch.autograd.grad(loss_of(y), [inputs, *net.parameters()]), *net.buffers()])
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
         assert model[1].window_length == 1
+
+
+@pytest.mark.parametrize('name', ['3x3 padded', 'groups and bias', 'depthwise'])
+def test_unchanged_weights_make_no_correction_to_the_last_bit(name):
+    model = conv_and_norm(window_size=8, dtype=torch.float32, conv=CONVOLUTIONS[name])
+    for x in batches(9, dtype=torch.float32):
+        model(x)
+    past = model[1]._window.stacked()
+    mean, var = compensate(past, model[0].weight.detach(), model[0].groups)
+    assert torch.equal(mean, past.mean) and torch.equal(var, past.var)
 
 
 def test_burn_in_is_batchnorm_and_the_window_fills_by_one_afterwards():
