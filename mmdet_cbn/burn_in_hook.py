@@ -68,10 +68,11 @@ class CBNBurnInHook(Hook):
         self._announce(runner, frozen=len(found) - len(self._layers))
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        """Put every layer into or out of burn-in."""
+        """Put every layer into or out of burn-in, and into the next iteration."""
         burn_in = self._done(runner) < self.length
         for layer in self._layers:
             layer.burn_in = burn_in
+            layer.begin_iteration()
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None

@@ -2,6 +2,7 @@
 
 import random
 import sys
+import weakref
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, Literal, TypeVar
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from .arguments import check_int, check_names, check_real
 from .conversion import active_norms, become, under
 from .convolution import ConvCall, ConvFinder, unsupported_because
-from .normalization import WindowNorm, runs_again
+from .normalization import Call, WindowNorm, runs_again
 from .statistics import (
     CompensatedStatistics,
     NaiveStatistics,
@@ -51,7 +52,9 @@ class CBN(nn.BatchNorm2d):
     Where the paper is silent: an earlier iteration with statistics of inf or NaN is left out of the average. With
     ``order=1`` a bias of the convolution cancels and receives no gradient. Statistics are float32 or better, whatever
     the precision of the input. A layer that is called several times an iteration (a head shared by the levels of an
-    FPN) counts every call as an iteration. Double backward is not supported.
+    FPN, a norm behind two convolutions) keeps a window for each call, in their order. An iteration ends with a backward
+    pass through the layer, so that with gradient accumulation the micro-batches count. Double backward is not
+    supported.
 
     Args:
         num_features: C of an input of [N, C, H, W].
@@ -164,7 +167,6 @@ class CBN(nn.BatchNorm2d):
         if window_size != 'auto':
             check_int('CBN', 'window_size', window_size, at_least=1, alternative=" or 'auto'")
         self._window_size = window_size
-        self._window: Window = Window(0 if window_size == 'auto' else window_size - 1)
         self._forget()
         self._start_or_stop_finder()
 
@@ -183,9 +185,46 @@ class CBN(nn.BatchNorm2d):
             self._finder.stop()
 
     def _forget(self) -> None:
-        self._window.clear()
+        # Of each call in an iteration its own; the first one's is always there.
+        self._window: Window = self._new_window()
+        self._windows = [self._window]
+        self._window_is_foreign = False  # that of the next call belongs to another convolution
+        self._calls = 0  # in this iteration so far
+        self._last_call: weakref.ref[Call] | None = None
         # mu' and var' of the last forward, for the second run of a checkpointed block.
         self._past: tuple[Tensor, Tensor] | None = None
+
+    def begin_iteration(self) -> None:
+        """What the layer is called with from now on belongs to another iteration than before.
+
+        :class:`CBNBurnInHook` says so. Without it the layer finds that out: since its last call, the backward pass has
+        gone through that, the weights have changed, or its graph is gone.
+        """
+        if self._calls > 0:
+            del self._windows[self._calls :]  # of calls that the last iteration did not have
+            self._calls = 0
+
+    def _begin_call(self, weight: Tensor | None) -> Call:
+        """Take up the window of this call of the iteration."""
+        last = self._last_call() if self._last_call is not None else None
+        if last is None or last.is_over:
+            self.begin_iteration()
+        if self._calls == len(self._windows):
+            self._windows.append(self._new_window())
+        self._window = self._windows[self._calls]
+        if self._window_is_foreign:
+            self._window.clear()
+            self._window_is_foreign = False
+        self._calls += 1
+        call = Call(weight)
+        self._last_call = weakref.ref(call)
+        return call
+
+    def _new_window(self) -> Window:
+        return Window(0 if self._window_size == 'auto' else self._window_size - 1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, '_last_call': None}  # a copy has no graph
 
     def _apply(self, fn: Any, recurse: bool = True) -> 'CBN':
         super()._apply(fn, recurse)
@@ -228,10 +267,11 @@ class CBN(nn.BatchNorm2d):
                 f'the output of a convolution that was called just before, unchanged. {_REMEDY}'
             ) from None
         if found is None:
+            self._forget()  # the windows belong to the convolution that was replaced
             return None
         conv, conv_input, is_new = found
         if is_new:
-            self._forget()  # if there is a window, it belongs to another convolution
+            self._window_is_foreign = True
         reason = unsupported_because(conv)
         if reason is not None:
             raise RuntimeError(
@@ -249,6 +289,8 @@ class CBN(nn.BatchNorm2d):
         second_run = runs_again()
         conv_bias = conv.bias if conv is not None else None
 
+        weight = None if conv is None else conv.weight
+        call = Call(weight) if second_run else self._begin_call(weight)
         device = input.device.type
         # Made only where there is one to be kept out: it takes as long as some of the statistics.
         autocast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
@@ -274,7 +316,9 @@ class CBN(nn.BatchNorm2d):
 
             if conv_bias is not None:
                 window_mean = window_mean + conv_bias
-        return WindowNorm.apply(input, self.weight, self.bias, conv_bias, window_mean, window_var, share, self.eps)
+        return WindowNorm.apply(
+            input, self.weight, self.bias, conv_bias, window_mean, window_var, share, self.eps, call
+        )
 
     def _past_statistics(self, conv: ConvCall | None) -> tuple[Tensor, Tensor] | None:
         """mu' and var' of the earlier iterations, [n, C] each; None if there are none."""

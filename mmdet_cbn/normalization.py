@@ -10,6 +10,24 @@ from torch.autograd.function import once_differentiable
 _backward = torch.ops.aten.native_batch_norm_backward
 
 
+class Call:
+    """One call of a layer in training, alive as long as its part of the autograd graph is.
+
+    Args:
+        weight: Of the convolution that feeds the layer, if it is known.
+    """
+
+    def __init__(self, weight: Tensor | None) -> None:
+        self.has_gone_back = False
+        self._weight = weight
+        self._version = None if weight is None else weight._version
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the backward pass has gone through it, or the weight has been changed in place since."""
+        return self.has_gone_back or (self._weight is not None and self._weight._version != self._version)
+
+
 class WindowNorm(torch.autograd.Function):
     """y = gamma (x - M) / sqrt(V + eps) + beta, where M and V belong to the current batch only in part.
 
@@ -36,6 +54,7 @@ class WindowNorm(torch.autograd.Function):
         var: Tensor,
         share: Tensor,
         eps: float,
+        call: Call,
     ) -> Tensor:
         """Normalize.
 
@@ -50,15 +69,17 @@ class WindowNorm(torch.autograd.Function):
             var: V, [C].
             share: s, [C].
             eps: Added to V.
+            call: Learns when the backward pass goes through.
         """
         gamma, beta = (None if p is None else p.to(mean.dtype) for p in (weight, bias))
         ctx.save_for_backward(x, gamma, mean, var, share)
-        ctx.eps = eps
+        ctx.eps, ctx.call = eps, call
         return F.batch_norm(x, mean, var, gamma, beta, training=False, eps=eps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.call.has_gone_back = True
         x, gamma, mean, var, share = ctx.saved_tensors
         need_x, need_weight, need_bias, need_conv_bias = ctx.needs_input_grad[:4]
         if gamma is None:
@@ -71,7 +92,7 @@ class WindowNorm(torch.autograd.Function):
             dx.addcmul_(dy, ((gamma - own) * invstd).view(-1, 1, 1))
         # x depends on b, so dx is there where the gradient of b is asked for.
         dconv_bias = -dx.sum(dim=(0, 2, 3), dtype=mean.dtype) if need_conv_bias else None
-        return dx, dweight if need_weight else None, dbias if need_bias else None, dconv_bias, None, None, None, None
+        return dx, dweight if need_weight else None, dbias if need_bias else None, dconv_bias, *[None] * 5
 
 
 def runs_again() -> bool:

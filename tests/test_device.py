@@ -30,7 +30,7 @@ def to_cuda(module, mode):
 class Context(SimpleNamespace):
     """Stands for autograd's: a torch without CUDA can compute with fake CUDA tensors, but not record them."""
 
-    needs_input_grad = (True,) * 4 + (False,) * 4
+    needs_input_grad = (True,) * 4 + (False,) * 5
 
     def save_for_backward(self, *tensors):
         self.saved_tensors = tensors
@@ -56,7 +56,7 @@ def test_training_never_waits_for_the_device(order, samples, momentum, bias, dty
             y = model(fake(torch.empty(2, 3, 8, 8, dtype=dtype)))
             gradients = WindowNorm.backward(contexts[-1], fake(torch.empty(y.shape, dtype=dtype)))
             assert y.dtype == gradients[0].dtype == dtype
-            assert [None if g is None else g.shape for g in gradients] == [y.shape, *[(4,)] * 3, *[None] * 4]
+            assert [None if g is None else g.shape for g in gradients] == [y.shape, *[(4,)] * 3, *[None] * 5]
             assert norm.window_length == min(step + 1, 3)
             for tensor in (y, *gradients[:4], *norm._window.stacked(), *norm.buffers()):
                 assert tensor.device.type == 'cuda'

@@ -8,6 +8,7 @@ import pytest
 import torch
 from mmdet.apis import inference_detector, init_detector
 from mmdet.registry import MODELS
+from mmengine.hub import get_config
 from mmengine.runner import load_checkpoint
 
 from mmdet_cbn import CBN, CBNBurnInHook, SwitchNormHook
@@ -45,6 +46,32 @@ def test_a_few_iterations_have_finite_losses(build_runner, detector, data):
     assert {layer.window_length for layer in layers} == {3}
     unchanged = [name for name, p in runner.model.named_parameters() if torch.equal(p, before[name])]
     assert unchanged == []
+
+
+@pytest.mark.parametrize(
+    'config', ['retinanet/retinanet_r50_fpn_1x_coco.py', 'fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py']
+)
+def test_a_head_shared_by_the_levels_of_the_fpn_has_a_window_for_each(build_runner, config):
+    model = get_config(f'mmdet::{config}').model
+    model.backbone.update(depth=18, init_cfg=None)
+    model.neck.update(in_channels=[64, 128, 256, 512], out_channels=16)
+    norm_cfg = dict(type='CBN', window_size=3)
+    model.bbox_head.update(num_classes=len(CLASSES), in_channels=16, feat_channels=16, norm_cfg=norm_cfg)
+    runner = build_runner(
+        'small/r18_shapes.py',
+        evaluate=False,
+        model=dict(model.to_dict(), _delete_=True),
+        train_cfg=dict(_delete_=True, type='IterBasedTrainLoop', max_iters=4, val_interval=99),
+        custom_hooks=[dict(type='CBNBurnInHook', burn_in_iters=1)],
+        log_processor=dict(by_epoch=False),
+    )
+    runner.train()
+    assert runner.message_hub.get_scalar('train/cbn_window').data[0].tolist() == [1, 1, 2, 3]
+    layers = [m for m in runner.model.modules() if isinstance(m, CBN)]
+    assert len(layers) == 8
+    for layer in layers:
+        assert [len(window) for window in layer._windows] == [2] * 5
+    assert all(math.isfinite(value) for values in losses(runner).values() for value in values)
 
 
 def test_auto_reads_the_batch_size_from_mmdets_batch_sampler(build_runner):

@@ -1,0 +1,111 @@
+"""A layer that is called several times an iteration keeps a window for each call."""
+
+import copy
+import gc
+
+import pytest
+import torch
+from test_cbn import batches, conv_and_norm, loss_of
+from torch import nn
+
+from mmdet_cbn import CBN
+
+LEVELS = [(2, 4, 9, 7), (2, 4, 5, 4), (2, 4, 5, 4), (2, 4, 3, 2)]
+KINDS = pytest.mark.parametrize('kind', [dict(), dict(order=0), dict(samples=10_000)], ids=str)
+
+
+def levels(iterations):
+    return zip(*(batches(iterations, seed, shape) for seed, shape in enumerate(LEVELS)), strict=True)
+
+
+def step(parameters, losses):
+    gradients = torch.autograd.grad(sum(losses), parameters)
+    with torch.no_grad():
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.sub_(0.01 * gradient)
+
+
+@KINDS
+def test_a_head_shared_by_levels_is_as_many_layers_with_one_weight(kind):
+    """Without any hook, and with the old losses still alive when the next iteration begins."""
+    head = conv_and_norm(window_size=3, **kind)
+    conv, norm = copy.deepcopy(head)
+    layers = [copy.deepcopy(norm).train() for _ in LEVELS]
+    for layer in layers:
+        layer.weight, layer.bias = norm.weight, norm.bias
+    for number, xs in enumerate(levels(5)):
+        outputs, expected = [head(x) for x in xs], [layer(conv(x)) for x, layer in zip(xs, layers, strict=True)]
+        torch.testing.assert_close(outputs, expected)
+        assert head[1].window_length == min(number + 1, 3)
+        losses, expected_losses = ([loss_of(y) for y in ys] for ys in (outputs, expected))
+        step(list(head.parameters()), losses)
+        step([*conv.parameters(), *norm.parameters()], expected_losses)
+    assert len(head[1]._windows) == len(LEVELS)
+
+
+def test_a_norm_behind_two_convolutions_keeps_them_apart():
+    norm = CBN(4, window_size=3).double()
+    first, second = nn.Conv2d(4, 4, 1).double(), nn.Conv2d(4, 4, 3, padding=1).double()
+    lengths = []
+    for x in batches(4):
+        ys = norm(first(x)), norm(second(x))
+        lengths.append(norm.window_length)
+        step(list(first.parameters()) + list(second.parameters()), [loss_of(y) for y in ys])
+    assert lengths == [1, 2, 3, 3]
+    assert [window.stacked().var_grad.shape[2:] for window in norm._windows] == [(4, 1, 1), (4, 3, 3)]
+
+
+@KINDS
+def test_micro_batches_count_as_iterations(kind):
+    model, reference = conv_and_norm(window_size=4, **kind), conv_and_norm(window_size=4, **kind)
+    for number, x in enumerate(batches(6)):
+        y = model(x)
+        loss_of(y).backward()  # accumulates; the weights stay, and so does the loss
+        torch.testing.assert_close(y.detach(), reference(x).detach())  # whose graph is gone at once
+        assert model[1].window_length == min(number + 1, 4)
+    assert len(model[1]._windows) == 1
+
+
+def test_a_change_of_the_weights_ends_an_iteration_without_a_backward_pass():
+    model = conv_and_norm(window_size=3)
+    kept = []
+    for number, x in enumerate(batches(4)):
+        kept.append(model(x))
+        assert model[1].window_length == min(number + 1, 3)
+        with torch.no_grad():
+            model[0].weight.mul_(1.01)
+
+
+def test_forwards_without_gradients_count_as_iterations():
+    model = conv_and_norm(window_size=3)
+    with torch.no_grad():
+        kept = [model(x) for x in batches(4)]
+    assert model[1].window_length == 3 and len(model[1]._windows) == 1 and len(kept) == 4
+
+
+def test_the_hook_ends_an_iteration_that_nothing_else_does():
+    model = conv_and_norm(window_size=3)
+    kept = []
+    for number, x in enumerate(batches(4)):  # as where a loss of NaN is skipped, say
+        model[1].begin_iteration()
+        kept.append(model(x))
+        assert model[1].window_length == min(number + 1, 3)
+
+
+def test_windows_of_calls_that_come_no_more_are_given_back():
+    model = conv_and_norm(window_size=2)
+    for calls, windows in ((3, 3), (1, 3), (1, 1)):
+        losses = [loss_of(model(x)) for x in batches(calls)]
+        assert len(model[1]._windows) == windows
+        step(list(model.parameters()), losses)
+
+
+def test_no_graph_is_kept_alive():
+    model = conv_and_norm(window_size=3)
+    for x in batches(3):
+        y = model(x)
+    graph = model[1]._last_call()
+    assert graph is not None
+    del graph, y
+    gc.collect()
+    assert model[1]._last_call() is None
