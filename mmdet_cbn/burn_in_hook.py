@@ -14,6 +14,8 @@ from .cbn import CBN
 from .conversion import active_norms
 from .window import suggested_window_size
 
+_ITERS_BETWEEN_WARNINGS = 50  # to read the counts makes the host wait for the device
+
 
 @HOOKS.register_module()
 class CBNBurnInHook(Hook):
@@ -23,8 +25,9 @@ class CBNBurnInHook(Hook):
     iteration that the runner counts, so a run resumed after it does not burn in again, and one resumed within it ends
     it where the uninterrupted run would have.
 
-    The hook also puts a number in the place of ``window_size='auto'``, logs once what it found, and writes the current
-    window length (the longest of all layers) into the training log as ``cbn_window``.
+    The hook also puts a number in the place of ``window_size='auto'``, logs once what it found, writes the current
+    window length (the longest of all layers) into the training log as ``cbn_window``, and warns every 50 iterations if
+    inf or NaN came into a layer.
 
     Args:
         burn_in_epochs: Length of the burn-in in epochs.
@@ -47,7 +50,8 @@ class CBNBurnInHook(Hook):
         self.by_epoch = burn_in_epochs is not None
         self.length: int = burn_in_epochs if burn_in_epochs is not None else burn_in_iters  # type: ignore[assignment]
         check_int('CBNBurnInHook', 'burn_in_epochs' if self.by_epoch else 'burn_in_iters', self.length, at_least=0)
-        self._layers: list[CBN] = []
+        self._layers: dict[str, CBN] = {}
+        self._bad_batches: dict[str, int] = {}
 
     def before_train(self, runner: Runner) -> None:
         """Find the CBN layers and say what will happen to them."""
@@ -59,7 +63,8 @@ class CBNBurnInHook(Hook):
             )
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         found = [module for module in model.modules() if isinstance(module, CBN)]
-        self._layers = [norm for norm in active_norms(model).values() if isinstance(norm, CBN)]
+        self._layers = {name: norm for name, norm in active_norms(model).items() if isinstance(norm, CBN)}
+        self._bad_batches = {name: norm.bad_batches for name, norm in self._layers.items()}
         if not self._layers:
             raise RuntimeError(f'CBNBurnInHook: {_why_there_is_none(found, model, runner.cfg)}')
         for layer in found:
@@ -70,23 +75,40 @@ class CBNBurnInHook(Hook):
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         """Put every layer into or out of burn-in, and into the next iteration."""
         burn_in = self._done(runner) < self.length
-        for layer in self._layers:
+        for layer in self._layers.values():
             layer.burn_in = burn_in
             layer.begin_iteration()
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
     ) -> None:
-        """Put the window length into the log."""
-        runner.message_hub.update_scalar('train/cbn_window', max(layer.window_length for layer in self._layers))
+        """Put the window length into the log, and now and then a warning of inf and NaN."""
+        runner.message_hub.update_scalar(
+            'train/cbn_window', max(layer.window_length for layer in self._layers.values())
+        )
+        if self.every_n_train_iters(runner, _ITERS_BETWEEN_WARNINGS) or self.is_last_train_iter(runner):
+            self._warn_of_bad_batches(runner)
+
+    def _warn_of_bad_batches(self, runner: Runner) -> None:
+        counts = {name: layer.bad_batches for name, layer in self._layers.items()}
+        new = {name: count - self._bad_batches.get(name, 0) for name, count in counts.items()}
+        self._bad_batches = counts
+        most = max(new, key=new.__getitem__)
+        if new[most] > 0:
+            runner.logger.warning(
+                f'CBN: in the last iterations, inf or NaN came into '
+                f"{sum(count > 0 for count in new.values())} of {len(new)} layers, into '{most}' in {new[most]} "
+                'iterations. They were left out of windows and running statistics. If that goes on, the weights are '
+                'inf or NaN: go back to the last checkpoint, with a lower learning rate or clip_grad in optim_wrapper.'
+            )
 
     def _done(self, runner: Runner) -> int:
         return runner.epoch if self.by_epoch else runner.iter
 
     def _announce(self, runner: Runner, frozen: int) -> None:
         unit, total = ('epoch', runner.max_epochs) if self.by_epoch else ('iteration', runner.max_iters)
-        sizes = ', '.join(str(size) for size in sorted({layer.window_size for layer in self._layers}))
-        orders = ', '.join(str(order) for order in sorted({layer.order for layer in self._layers}))
+        sizes = ', '.join(str(size) for size in sorted({layer.window_size for layer in self._layers.values()}))
+        orders = ', '.join(str(order) for order in sorted({layer.order for layer in self._layers.values()}))
         runner.logger.info(
             f'CBN: {len(self._layers)} layers in training{f" ({frozen} more are frozen)" if frozen else ""}, '
             f'window size {sizes}, order {orders}; '

@@ -49,7 +49,7 @@ class CBN(nn.BatchNorm2d):
     checkpoints, and training with ``window_size=1``, during burn-in, or on an empty input. The window is not saved:
     after loading or resuming it fills anew.
 
-    Where the paper is silent: an earlier iteration with statistics of inf or NaN is left out of the average. With
+    Where the paper is silent: statistics of inf or NaN enter neither the window nor the running statistics. With
     ``order=1`` a bias of the convolution cancels and receives no gradient. Statistics are float32 or better, whatever
     the precision of the input. A layer that is called several times an iteration (a head shared by the levels of an
     FPN, a norm behind two convolutions) keeps a window for each call, in their order. An iteration ends with a backward
@@ -122,6 +122,7 @@ class CBN(nn.BatchNorm2d):
         self.burn_in = False
         self.window_length = 0
         self._finder = ConvFinder()
+        self._bad_batches: Tensor | None = None  # on the device, lest the host wait for it
         self.window_size = window_size
 
     @classmethod
@@ -169,6 +170,14 @@ class CBN(nn.BatchNorm2d):
         self._window_size = window_size
         self._forget()
         self._start_or_stop_finder()
+
+    @property
+    def bad_batches(self) -> int:
+        """In how many training batches a channel had inf or NaN, since the layer was made, copied or moved.
+
+        Only batches that CBN normalized count, not those of burn-in. To read it makes the host wait for the device.
+        """
+        return 0 if self._bad_batches is None else int(self._bad_batches)
 
     def extra_repr(self) -> str:
         return f'{super().extra_repr()}, window_size={self.window_size!r}, order={self.order}, samples={self.samples}'
@@ -224,11 +233,12 @@ class CBN(nn.BatchNorm2d):
         return Window(0 if self._window_size == 'auto' else self._window_size - 1)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, '_last_call': None}  # a copy has no graph
+        return {**self.__dict__, '_last_call': None, '_bad_batches': None}  # a copy has no graph, and begins to count
 
     def _apply(self, fn: Any, recurse: bool = True) -> 'CBN':
         super()._apply(fn, recurse)
         self._forget()  # the window stays behind on a move to another device or precision
+        self._bad_batches = None
         return self
 
     def _load_from_state_dict(self, *args: Any) -> None:
@@ -336,14 +346,17 @@ class CBN(nn.BatchNorm2d):
         return compensate(past, conv.weight, conv.groups) if fits else None
 
     def _update_running_statistics(self, mean: Tensor, unbiased_var: Tensor) -> None:
-        """As in BatchNorm: from the current batch alone, the variance unbiased."""
+        """As in BatchNorm: from the current batch alone, the variance unbiased; but not from channels of inf or NaN."""
+        finite = unbiased_var < torch.inf  # which NaN is not; and where the mean is neither, the variance is not
+        bad = finite.logical_not().any()
+        self._bad_batches = bad.long() if self._bad_batches is None else self._bad_batches.add_(bad)
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
         self.num_batches_tracked.add_(1)
         for running, current in ((self.running_mean, mean), (self.running_var, unbiased_var)):
             # The cumulative average divides on the device: a Python number would make the host wait for it.
             weight = 1 / self.num_batches_tracked.to(running.dtype) if self.momentum is None else self.momentum
-            running.lerp_(current.to(running.dtype), weight)
+            running.lerp_(current.to(running.dtype).where(finite, running), weight)
 
     def _title(self) -> str:
         return f"CBN layer '{_qualified_name(self)}' ({self})"

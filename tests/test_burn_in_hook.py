@@ -1,6 +1,7 @@
 """Burn-in follows the runner's count, across resumes, and never passes over a model without CBN in silence."""
 
 import logging
+import math
 
 import pytest
 import torch
@@ -70,6 +71,20 @@ def test_burn_in_as_long_as_training_is_a_warning(tmp_path):
     log = next(tmp_path.glob('*/*.log')).read_text()
     assert logging.getLevelName(logging.WARNING) in log
     assert 'the burn-in of 2 epochs is as long as the training of 2' in log
+
+
+def test_a_batch_of_nan_is_logged_and_harms_its_own_iteration_alone(tmp_path):
+    model = Net()
+    for parameter in model.parameters():
+        parameter.register_hook(lambda gradient: gradient.nan_to_num(0, 0, 0))  # as a GradScaler leaves out its step
+    runner = runner_for(tmp_path, model, dict(type='CBNBurnInHook', burn_in_epochs=0), epochs=2)
+    runner.train_dataloader.dataset[1]['inputs'][0] = float('nan')
+    runner.train()
+    log = next(tmp_path.glob('*/*.log')).read_text()
+    assert log.count("inf or NaN came into 1 of 1 layers, into 'norm' in 2 iterations") == 1
+    assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values())
+    losses = runner.message_hub.get_scalar('train/loss').data[0]
+    assert [math.isfinite(loss) for loss in losses] == [True, False, True, True] * 2
 
 
 @pytest.mark.parametrize(('batch_size', 'window_size'), [(1, 8), (2, 8), (3, 6), (4, 4)])

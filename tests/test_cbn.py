@@ -497,9 +497,27 @@ def test_a_bad_batch_does_not_poison_the_window(bad):
     for x in (first, poisoned):
         model(x)
     clean(first)
+    assert model[1].bad_batches == 1 and clean[1].bad_batches == 0
+    assert all(torch.isfinite(buffer).all() for buffer in model[1].buffers())
     # The poisoned iteration is left out: what remains is the window of the clean one.
     torch.testing.assert_close(model(third), clean(third))
     assert torch.isfinite(model(second)).all()
+
+
+def test_running_statistics_leave_out_the_bad_channels_alone():
+    norm, clean = (CBN(4, window_size=2, order=0).double() for _ in range(2))
+    first, second = batches(2)
+    poisoned = second.clone()
+    poisoned[1, 2, 3, 3] = float('nan')
+    for x, other in ((first, first), (poisoned, second)):
+        before = clean.running_mean.clone(), clean.running_var.clone()
+        norm(x), clean(other)
+    good = [0, 1, 3]
+    for actual, expected, old in zip(norm.buffers(), clean.buffers(), before, strict=False):
+        torch.testing.assert_close(actual[good], expected[good])
+        assert actual[2] == old[2]
+    assert norm.num_batches_tracked == 2 and norm.bad_batches == 1
+    assert copy.deepcopy(norm).bad_batches == 0
 
 
 def test_the_statistics_are_float32_under_autocast():
