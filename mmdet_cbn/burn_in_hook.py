@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from mmengine import fileio
+from mmengine.dist import barrier, get_rank
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
@@ -9,6 +11,7 @@ from mmengine.runner import IterBasedTrainLoop, Runner
 from torch import nn
 from torch.nn.modules.batchnorm import SyncBatchNorm
 
+from . import window_file
 from .arguments import check_int
 from .cbn import CBN
 from .conversion import active_norms
@@ -32,16 +35,23 @@ class CBNBurnInHook(Hook):
     Args:
         burn_in_epochs: Length of the burn-in in epochs.
         burn_in_iters: Length of the burn-in in iterations. One of the two must be given.
+        save_window: Whether to write the windows of each process beside each checkpoint, as
+            ``<checkpoint>.cbn_window_rank<n>``, and read them on a resume, which then goes on as if it had never
+            stopped, as far as mmengine's own state does. Otherwise the windows fill anew, within k iterations. The
+            checkpoint itself is a BatchNorm's in either case. Files go when their checkpoint has gone
+            (``max_keep_ckpts``).
 
     Raises:
-        TypeError: A length that is not an int.
+        TypeError: A length that is not an int, or ``save_window`` that is not a bool.
         ValueError: None or both of the arguments, or a negative length.
         RuntimeError: When training begins, if there is no CBN layer to burn in: none in the model, none left after
             ``sync_bn`` converted them, or none in training mode; if ``burn_in_epochs`` meets a training loop that
-            counts no epochs; or if ``window_size='auto'`` finds no batch size.
+            counts no epochs; if ``window_size='auto'`` finds no batch size; or if a file of windows does not fit.
     """
 
-    def __init__(self, burn_in_epochs: int | None = None, burn_in_iters: int | None = None) -> None:
+    def __init__(
+        self, burn_in_epochs: int | None = None, burn_in_iters: int | None = None, save_window: bool = False
+    ) -> None:
         if (burn_in_epochs is None) == (burn_in_iters is None):
             raise ValueError(
                 'CBNBurnInHook: one of burn_in_epochs and burn_in_iters must be given, '
@@ -50,8 +60,29 @@ class CBNBurnInHook(Hook):
         self.by_epoch = burn_in_epochs is not None
         self.length: int = burn_in_epochs if burn_in_epochs is not None else burn_in_iters  # type: ignore[assignment]
         check_int('CBNBurnInHook', 'burn_in_epochs' if self.by_epoch else 'burn_in_iters', self.length, at_least=0)
+        if not isinstance(save_window, bool):
+            raise TypeError(f'CBNBurnInHook: save_window must be True or False, got {save_window!r}')
+        self.save_window = save_window
+        self._resumed_from: str | None = None
         self._layers: dict[str, CBN] = {}
         self._bad_batches: dict[str, int] = {}
+
+    def before_run(self, runner: Runner) -> None:
+        """Learn of what mmengine has no hook for: where a checkpoint is written, in all processes, or resumed from."""
+        resume, save_checkpoint = runner.resume, runner.save_checkpoint
+
+        def resume_and_note(filename: str, *args: Any, **kwargs: Any) -> None:
+            self._resumed_from = filename
+            resume(filename, *args, **kwargs)
+
+        def save_window_and_checkpoint(out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:
+            window_file.save(window_file.path_of(fileio.join_path(out_dir, filename), get_rank()), self._layers)
+            barrier()  # a checkpoint that is there has its windows, whenever the run may die
+            save_checkpoint(out_dir, filename, *args, **kwargs)
+            window_file.remove_orphans(out_dir, get_rank())
+
+        if self.save_window:
+            runner.resume, runner.save_checkpoint = resume_and_note, save_window_and_checkpoint
 
     def before_train(self, runner: Runner) -> None:
         """Find the CBN layers and say what will happen to them."""
@@ -70,6 +101,8 @@ class CBNBurnInHook(Hook):
         for layer in found:
             if layer.window_size == 'auto':
                 layer.window_size = suggested_window_size(_images_per_gpu(runner.train_dataloader))
+        if self._resumed_from is not None:
+            self._load_window(runner, window_file.path_of(self._resumed_from, get_rank()))
         self._announce(runner, frozen=len(found) - len(self._layers))
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
@@ -101,6 +134,13 @@ class CBNBurnInHook(Hook):
                 'iterations. They were left out of windows and running statistics. If that goes on, the weights are '
                 'inf or NaN: go back to the last checkpoint, with a lower learning rate or clip_grad in optim_wrapper.'
             )
+
+    def _load_window(self, runner: Runner, path: str) -> None:
+        if not fileio.exists(path):
+            runner.logger.warning(f'CBN: {path} is missing, so the windows fill anew, within k iterations.')
+            return
+        window_file.load(path, self._layers, next(runner.model.parameters()).device)
+        runner.logger.info(f'CBN: the windows are those of {path}.')
 
     def _done(self, runner: Runner) -> int:
         return runner.epoch if self.by_epoch else runner.iter

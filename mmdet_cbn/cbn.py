@@ -168,7 +168,7 @@ class CBN(nn.BatchNorm2d):
         if window_size != 'auto':
             check_int('CBN', 'window_size', window_size, at_least=1, alternative=" or 'auto'")
         self._window_size = window_size
-        self._forget()
+        self.forget_window()
         self._start_or_stop_finder()
 
     @property
@@ -193,15 +193,36 @@ class CBN(nn.BatchNorm2d):
         else:
             self._finder.stop()
 
-    def _forget(self) -> None:
+    def forget_window(self) -> None:
+        """Empty the windows: they belong to other weights."""
         # Of each call in an iteration its own; the first one's is always there.
         self._window: Window = self._new_window()
         self._windows = [self._window]
-        self._window_is_foreign = False  # that of the next call belongs to another convolution
         self._calls = 0  # in this iteration so far
         self._last_call: weakref.ref[Call] | None = None
         # mu' and var' of the last forward, for the second run of a checkpointed block.
         self._past: tuple[Tensor, Tensor] | None = None
+
+    def window_state(self) -> dict[str, Any]:
+        """The windows, and where the layer is in its random numbers: plain data and tensors."""
+        return dict(windows=[window.state() for window in self._windows], random=list(self._random.getstate()[1]))
+
+    def load_window_state(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`window_state` returned.
+
+        Raises:
+            ValueError, TypeError, KeyError: It is something else, or that of a layer with another window size.
+        """
+        self.forget_window()
+        windows = [self._new_window() for _ in state['windows']]
+        for window, of_window in zip(windows, state['windows'], strict=True):
+            window.load(of_window, (CompensatedStatistics, SampledStatistics, NaiveStatistics))
+            past = window.stacked()
+            if past is not None and past.mean.size(1) != self.num_features:
+                raise ValueError(f'it is of a layer with other than {self.num_features} features')
+        version, _, gauss = self._random.getstate()
+        self._random.setstate((version, tuple(state['random']), gauss))
+        self._window, self._windows = windows[0], windows
 
     def begin_iteration(self) -> None:
         """What the layer is called with from now on belongs to another iteration than before.
@@ -221,9 +242,7 @@ class CBN(nn.BatchNorm2d):
         if self._calls == len(self._windows):
             self._windows.append(self._new_window())
         self._window = self._windows[self._calls]
-        if self._window_is_foreign:
-            self._window.clear()
-            self._window_is_foreign = False
+        self._window.belong_to(weight)
         self._calls += 1
         call = Call(weight)
         self._last_call = weakref.ref(call)
@@ -237,13 +256,13 @@ class CBN(nn.BatchNorm2d):
 
     def _apply(self, fn: Any, recurse: bool = True) -> 'CBN':
         super()._apply(fn, recurse)
-        self._forget()  # the window stays behind on a move to another device or precision
+        self.forget_window()  # the window stays behind on a move to another device or precision
         self._bad_batches = None
         return self
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        self._forget()  # the window belongs to other weights
+        self.forget_window()  # the window belongs to other weights
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize ``input``, the output of a convolution, [N, C, H, W]."""
@@ -277,11 +296,8 @@ class CBN(nn.BatchNorm2d):
                 f'the output of a convolution that was called just before, unchanged. {_REMEDY}'
             ) from None
         if found is None:
-            self._forget()  # the windows belong to the convolution that was replaced
             return None
-        conv, conv_input, is_new = found
-        if is_new:
-            self._window_is_foreign = True
+        conv, conv_input = found
         reason = unsupported_because(conv)
         if reason is not None:
             raise RuntimeError(

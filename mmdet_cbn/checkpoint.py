@@ -44,7 +44,7 @@ def _allowed_globals() -> list[Any]:
 _torch_load = torch.load
 
 
-def _restricted_torch_load(file: Any, map_location: Any = None, **ignored: Any) -> Any:
+def restricted_torch_load(file: Any, map_location: Any = None, **ignored: Any) -> Any:
     """``torch.load`` of plain data and of what mmengine writes, whatever the caller asks for or has declared safe."""
     declared = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
@@ -73,7 +73,7 @@ def load_checkpoint(filename: str, map_location: Any = None, logger: Any = 'curr
     try:
         # All loaders of mmengine, those for URLs included, come to torch.load in the end. One of the forks lets getattr
         # through there, or anything at all where torch refuses.
-        with mock.patch.object(torch, 'load', _restricted_torch_load):
+        with mock.patch.object(torch, 'load', restricted_torch_load):
             return _load_checkpoint(filename, map_location, logger)
     except pickle.UnpicklingError as error:
         # torch's message is long, and advises to load without restriction.

@@ -108,8 +108,8 @@ class ConvFinder:
                 self._handles[conv] = None
         _watch.discard(self)
 
-    def find(self, output: Tensor) -> tuple[_ConvNd, Tensor, bool] | None:
-        """The convolution that has just returned ``output``, its input, and whether it was unknown until now.
+    def find(self, output: Tensor) -> tuple[_ConvNd, Tensor] | None:
+        """The convolution that has just returned ``output``, and its input.
 
         Returns:
             None if it is not known (someone replaced it); it will be found in the next forward.
@@ -127,15 +127,14 @@ class ConvFinder:
             self.start()
             return None
         conv, input = taken
-        is_new = conv not in self._handles
-        if is_new:
+        if conv not in self._handles:
             self._handles[conv] = None
             self.start()
         elif not self._settled:
             # It has come round again, so by now all that feed the norm in one iteration have been seen.
             self._settled = True
             _watch.discard(self)
-        return conv, input, is_new
+        return conv, input
 
 
 class _Watch:

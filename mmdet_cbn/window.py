@@ -1,9 +1,11 @@
 """The window: the statistics of the last k - 1 iterations, in a ring of preallocated tensors."""
 
+from collections.abc import Sequence
 from math import ceil
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 
 Statistics = TypeVar('Statistics', bound=NamedTuple)
 
@@ -26,9 +28,16 @@ class Window(Generic[Statistics]):
 
     def clear(self) -> None:
         """Forget everything, memory included."""
+        self._weight: Tensor | None = None
         self._ring: Statistics | None = None
         self._next = 0
         self._length = 0
+
+    def belong_to(self, weight: Tensor | None) -> None:
+        """What is pushed from now on are statistics under ``weight``: those under another one are forgotten."""
+        if self._weight is not weight and self._weight is not None:
+            self.clear()
+        self._weight = weight
 
     def __len__(self) -> int:
         """How many iterations are there."""
@@ -54,6 +63,31 @@ class Window(Generic[Statistics]):
         if self._ring is None or self._length == self.capacity:
             return self._ring
         return type(self._ring)(*(ring.narrow(0, 0, self._length) for ring in self._ring))
+
+    def state(self) -> dict[str, Any]:
+        """What :meth:`load` brings back: plain data and copies of the tensors."""
+        if self._ring is None:
+            return dict(kind=None)
+        tensors = {name: tensor.clone() for name, tensor in zip(self._ring._fields, self._ring, strict=True)}
+        return dict(kind=type(self._ring).__name__, next=self._next, length=self._length, tensors=tensors)
+
+    def load(self, state: dict[str, Any], kinds: Sequence[type[Statistics]]) -> None:
+        """Take over what :meth:`state` returned, of statistics that are one of ``kinds``.
+
+        Raises:
+            ValueError: It is not that of a window of this capacity.
+        """
+        self.clear()
+        if state['kind'] is None:
+            return
+        kind = {kind.__name__: kind for kind in kinds}[state['kind']]
+        ring: Statistics = kind(**state['tensors'])  # type: ignore[call-overload]
+        length, next_slot = state['length'], state['next']
+        if not all(isinstance(tensor, Tensor) and tensor.shape[:1] == (self.capacity,) for tensor in ring):
+            raise ValueError(f'it is of another window_size than {self.capacity + 1}')
+        if not (0 < length <= self.capacity and 0 <= next_slot < self.capacity):
+            raise ValueError(f'it has {length} iterations and writes to place {next_slot}')
+        self._ring, self._length, self._next = ring, length, next_slot
 
     def _fits(self, statistics: Statistics) -> bool:
         return type(self._ring) is type(statistics) and all(

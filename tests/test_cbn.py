@@ -353,7 +353,7 @@ def test_every_layer_finds_its_convolution_and_predicts_its_change(name):
     for conv, norm, _ in calls:
         for layer in model.modules():
             if isinstance(layer, CBN):
-                layer._forget()
+                layer.forget_window()
         model(inputs)
         with torch.no_grad():
             conv.weight.add_(0.1 * torch.randn_like(conv.weight))

@@ -1,0 +1,59 @@
+"""The windows of a model in a file beside its checkpoint, for a resumed run to go on with.
+
+They are no part of the checkpoint, which stays that of a BatchNorm.
+"""
+
+import io
+import pickle
+from collections.abc import Mapping
+
+import torch
+from mmengine import fileio
+
+from .cbn import CBN
+from .checkpoint import restricted_torch_load
+
+_MARK = '.cbn_window_rank'
+
+
+def path_of(checkpoint: str, rank: int) -> str:
+    """Where the windows of process ``rank`` lie that belong to ``checkpoint``, a path or URL of mmengine's."""
+    return f'{checkpoint}{_MARK}{rank}'
+
+
+def save(path: str, layers: Mapping[str, CBN]) -> None:
+    """Write the windows of ``layers``, by their names in the model."""
+    with io.BytesIO() as buffer:
+        torch.save({name: layer.window_state() for name, layer in layers.items()}, buffer)
+        fileio.put(buffer.getvalue(), path)
+
+
+def remove_orphans(folder: str, rank: int) -> None:
+    """Remove the files of process ``rank`` in ``folder`` whose checkpoint mmengine has removed."""
+    suffix = path_of('', rank)
+    for name in list(fileio.list_dir_or_file(folder, list_dir=False, suffix=suffix)):
+        path = fileio.join_path(folder, name)
+        if not fileio.exists(path.removesuffix(suffix)):
+            fileio.remove(path)
+
+
+def load(path: str, layers: Mapping[str, CBN], device: torch.device) -> None:
+    """Put the windows of a file into ``layers``; no file can run code.
+
+    Raises:
+        RuntimeError: The file is damaged, holds something else, or belongs to other layers; then all windows are empty.
+    """
+    try:
+        states = restricted_torch_load(io.BytesIO(fileio.get(path)), map_location=device)
+        if not isinstance(states, dict) or set(states) != set(layers):
+            raise ValueError('it belongs to other layers')
+        for name, layer in layers.items():
+            layer.load_window_state(states[name])
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, KeyError) as error:
+        for layer in layers.values():
+            layer.forget_window()
+        raise RuntimeError(
+            f'{path} was not loaded: it is damaged, holds more than windows, or belongs to another model or '
+            f'norm_cfg ({str(error).splitlines()[0] if str(error) else "it ends too early"}). To go on with empty '
+            'windows, which fill within k iterations, remove it.'
+        ) from error

@@ -1,0 +1,155 @@
+"""With ``save_window`` a resumed run goes on bit for bit; its files are no part of the checkpoint, and run no code."""
+
+import io
+import os
+import pickle
+import shutil
+
+import pytest
+import torch
+from conftest import Net, runner_for
+from torch import nn
+
+from mmdet_cbn import CBN, CBNBurnInHook
+
+HOOK = dict(type='CBNBurnInHook', burn_in_epochs=1, save_window=True)
+BY_ITERATION = dict(by_epoch=False, max_iters=14)
+KINDS = pytest.mark.parametrize('kind', [dict(), dict(order=0), dict(samples=8)], ids=str)
+
+
+def train(folder, kind=None, hook=HOOK, norm=None, resume=False, **kwargs):
+    torch.manual_seed(0)
+    model = Net(norm or CBN(4, window_size=4, **(kind or {})))
+    checkpoints = dict(type='CheckpointHook', **kwargs.pop('checkpoints', dict(interval=1)))
+    runner = runner_for(folder, model, hook, resume=resume, **kwargs)
+    runner.register_hook(checkpoints)
+    runner.train()
+    return model
+
+
+def weights(model):
+    return torch.cat([tensor.flatten().double() for tensor in model.state_dict().values()])
+
+
+def cut(source, target, last):
+    """A run that died after checkpoint ``last``."""
+    shutil.copytree(source, target)
+    step = int(last.rpartition('_')[2])
+    for file in target.glob('*.pth*'):
+        if int(file.name.split('.')[0].rpartition('_')[2]) > step:
+            file.unlink()
+    (target / 'last_checkpoint').write_text(str(target / f'{last}.pth'))
+
+
+@KINDS
+def test_a_resumed_run_goes_on_bit_for_bit(tmp_path, kind):
+    whole = train(tmp_path / 'whole', kind, epochs=5)
+    cut(tmp_path / 'whole', tmp_path / 'cut', 'epoch_3')
+    resumed = train(tmp_path / 'cut', kind, epochs=5, resume=True)
+    assert torch.equal(weights(whole), weights(resumed))
+    assert resumed.lengths == whole.lengths[12:], 'from the fourth epoch on'
+    without = train(tmp_path / 'cut', kind, hook=dict(HOOK, save_window=False), epochs=5, resume=True)
+    assert without.lengths == []  # it is trained to the end
+    cut(tmp_path / 'whole', tmp_path / 'anew', 'epoch_3')
+    anew = train(tmp_path / 'anew', kind, hook=dict(HOOK, save_window=False), epochs=5, resume=True)
+    assert anew.lengths[:3] == [1, 2, 3] and not torch.equal(weights(whole), weights(anew))
+
+
+def test_it_does_so_in_the_middle_of_an_epoch_too(tmp_path):
+    arguments = dict(
+        hook=dict(type='CBNBurnInHook', burn_in_iters=3, save_window=True),
+        train_cfg=BY_ITERATION,
+        checkpoints=dict(interval=1, by_epoch=False),
+    )
+    whole = train(tmp_path / 'whole', **arguments)
+    for last in ('iter_2', 'iter_5', 'iter_11'):  # in burn-in, with a window half full, with a full one
+        cut(tmp_path / 'whole', tmp_path / last, last)
+        resumed = train(tmp_path / last, resume=True, **arguments)
+        assert torch.equal(weights(whole), weights(resumed)), last
+
+
+def test_the_checkpoint_is_a_batchnorms_and_files_go_with_their_checkpoint(tmp_path):
+    train(tmp_path, checkpoints=dict(interval=1, max_keep_ckpts=2), epochs=5)
+    assert sorted(file.name for file in tmp_path.glob('*.pth*')) == [
+        'epoch_4.pth',
+        'epoch_4.pth.cbn_window_rank0',
+        'epoch_5.pth',
+        'epoch_5.pth.cbn_window_rank0',
+    ]
+    checkpoint = torch.load(tmp_path / 'epoch_5.pth', weights_only=False)
+    assert list(checkpoint['state_dict']) == list(Net(nn.BatchNorm2d(4)).state_dict())
+    assert 'window' not in ''.join(checkpoint)
+
+
+def test_without_the_option_no_file_is_written(tmp_path):
+    train(tmp_path, hook=dict(HOOK, save_window=False), epochs=2)
+    assert not list(tmp_path.glob('*window*'))
+
+
+def test_a_missing_file_is_a_warning(tmp_path):
+    train(tmp_path, epochs=2)
+    (file,) = tmp_path.glob('epoch_2.pth.cbn*')
+    file.unlink()
+    model = train(tmp_path, epochs=3, resume=True)
+    assert model.lengths == [1, 2, 3, 4]
+    log = ''.join(path.read_text() for path in tmp_path.glob('*/*.log'))
+    assert f'{file} is missing, so the windows fill anew' in log
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, (os.environ['EVIL'],)
+
+
+@pytest.mark.parametrize(
+    ('damage', 'reason'),
+    [
+        (lambda data: data[: len(data) // 2], ''),
+        (lambda data: b'', ''),
+        (lambda data: pickle.dumps(Evil()), ''),
+        (lambda data: resaved(data, lambda states: {'other': states['norm']}), 'it belongs to other layers'),
+        (lambda data: resaved(data, lambda states: [states]), 'it belongs to other layers'),
+        (lambda data: resaved(data, lambda states: {'norm': {}}), "'windows'"),
+        (lambda data: edited(data, kind='Evil'), "'Evil'"),
+        (lambda data: edited(data, length=9), 'it has 9 iterations'),
+        (lambda data: edited(data, next=3), 'writes to place 3'),
+        (lambda data: edited(data, tensors=dict(mean=torch.zeros(3, 4))), 'missing'),
+        (lambda data: edited(data, kind='NaiveStatistics', tensors=naive(2, 4)), 'another window_size than 4'),
+        (lambda data: edited(data, kind='NaiveStatistics', tensors=naive(3, 5)), 'other than 4 features'),
+        (lambda data: resaved(data, lambda s: {'norm': dict(s['norm'], random=[1, 2])}), ''),
+    ],
+)
+def test_a_file_that_does_not_fit_is_refused_by_name_and_runs_no_code(tmp_path, monkeypatch, damage, reason):
+    monkeypatch.setenv('EVIL', str(tmp_path / 'evil'))
+    train(tmp_path, epochs=2)
+    (file,) = tmp_path.glob('epoch_2.pth.cbn*')
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(RuntimeError, match=r'epoch_2\.pth\.cbn_window_rank0 was not loaded.*remove it') as error:
+        train(tmp_path, epochs=3, resume=True)
+    assert reason in str(error.value)
+    assert not (tmp_path / 'evil').exists()
+    file.unlink()
+    train(tmp_path, epochs=3, resume=True)
+
+
+def resaved(data, change):
+    with io.BytesIO() as buffer:
+        torch.save(change(torch.load(io.BytesIO(data), weights_only=True)), buffer)
+        return buffer.getvalue()
+
+
+def edited(data, **changes):
+    def change(states):
+        states['norm']['windows'][0].update(changes)
+        return states
+
+    return resaved(data, change)
+
+
+def naive(capacity, channels):
+    return dict(mean=torch.zeros(capacity, channels), var=torch.ones(capacity, channels))
+
+
+def test_the_option_must_be_a_bool():
+    with pytest.raises(TypeError, match="save_window must be True or False, got 'yes'"):
+        CBNBurnInHook(burn_in_iters=1, save_window='yes')
