@@ -4,8 +4,11 @@ torch >= 2.6 loads with ``weights_only=True``. That refuses mmengine's own check
 HistoryBuffer objects and NumPy arrays, while mmengine's loader for URLs still asks for ``weights_only=False``, which
 lets a checkpoint run code. Here every load of mmengine goes through torch's restricted unpickler, with exactly those
 types let in that mmengine writes.
+
+And mmengine writes a checkpoint under its own name, where a run that is killed just then leaves half of it.
 """
 
+import os
 import pickle
 import re
 from collections.abc import Callable
@@ -15,7 +18,7 @@ from unittest import mock
 import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
-from mmengine.runner import CheckpointLoader
+from mmengine.runner import CheckpointLoader, runner
 
 
 def _history_method(owner: Any, name: Any) -> Callable:
@@ -86,6 +89,19 @@ def load_checkpoint(filename: str, map_location: Any = None, logger: Any = 'curr
         raise RuntimeError(f'{filename} could not be loaded: {str(error) or "it ends too early"}') from error
 
 
+_save_checkpoint = runner.save_checkpoint
+
+
+def save_checkpoint(checkpoint: dict, filename: str, *args: Any, **kwargs: Any) -> None:
+    """In place of mmengine's, for its Runner: the same, but a file gets its name when it is whole."""
+    if '://' in filename:
+        return _save_checkpoint(checkpoint, filename, *args, **kwargs)
+    part = f'{filename}.part'
+    _save_checkpoint(checkpoint, part, *args, **kwargs)
+    os.replace(part, filename)
+
+
 def install() -> None:
-    """Make mmengine load its checkpoints through :func:`load_checkpoint`."""
+    """Make mmengine load and save its checkpoints through :func:`load_checkpoint` and :func:`save_checkpoint`."""
     CheckpointLoader.load_checkpoint = staticmethod(load_checkpoint)
+    runner.save_checkpoint = save_checkpoint
