@@ -46,8 +46,8 @@ class CBN(nn.BatchNorm2d):
     ``norm(conv(x))`` is all that is needed.
 
     Everything else is ``nn.BatchNorm2d``: evaluation, running statistics (of the current batch alone), parameters,
-    checkpoints, and training with ``window_size=1``, during burn-in, or on an empty input. The window is not saved:
-    after loading or resuming it fills anew.
+    checkpoints, and training with ``window_size=1``, during burn-in, or on an empty input. The window is no part of the
+    state dict and fills anew after loading, unless :class:`CBNBurnInHook` keeps it for a resumed run.
 
     Where the paper is silent: statistics of inf or NaN enter neither the window nor the running statistics. With
     ``order=1`` a bias of the convolution cancels and receives no gradient. Statistics are float32 or better, whatever

@@ -86,10 +86,13 @@ def test_distributed_training_and_testing(run, tmp_path):
         'model_wrapper_cfg.type=MMDistributedDataParallel',
         'model_wrapper_cfg.device_ids=None',
         'train_cfg.max_epochs=2',
+        'custom_hooks.0.save_window=True',
     )
     environment = dict(PORT=str(free_port()), OMP_NUM_THREADS='1', PYTHONPATH=str(tmp_path))
     log = run(ROOT / 'tools/dist_train.sh', CONFIG, 2, '--work-dir', 'run', *SMALL_RUN, *on_cpu, **environment)
     assert re.findall(r'Epoch\(train\) +\[2\]\[2/2\].*cbn_window: (\d)', log) == ['2']
+    windows = [(tmp_path / f'run/epoch_2.pth.cbn_window_rank{rank}').read_bytes() for rank in (0, 1)]
+    assert windows[0] != windows[1], 'each process has its own'
     log = run(ROOT / 'tools/dist_test.sh', CONFIG, 'run/epoch_2.pth', 2, *SMALL_RUN, *on_cpu, **environment)
     assert 'Average Precision  (AP) @[ IoU=0.50:0.95' in log
 
