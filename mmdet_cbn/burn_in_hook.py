@@ -76,10 +76,10 @@ class CBNBurnInHook(Hook):
             resume(filename, *args, **kwargs)
 
         def save_window_and_checkpoint(out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:
+            window_file.remove_orphans(out_dir, get_rank())  # not after this: only one process writes the checkpoint
             window_file.save(window_file.path_of(fileio.join_path(out_dir, filename), get_rank()), self._layers)
             barrier()  # a checkpoint that is there has its windows, whenever the run may die
             save_checkpoint(out_dir, filename, *args, **kwargs)
-            window_file.remove_orphans(out_dir, get_rank())
 
         if self.save_window:
             runner.resume, runner.save_checkpoint = resume_and_note, save_window_and_checkpoint

@@ -30,6 +30,8 @@ def save(path: str, layers: Mapping[str, CBN]) -> None:
 
 def remove_orphans(folder: str, rank: int) -> None:
     """Remove the files of process ``rank`` in ``folder`` whose checkpoint mmengine has removed."""
+    if not fileio.isdir(folder):
+        return
     suffix = path_of('', rank)
     for name in list(fileio.list_dir_or_file(folder, list_dir=False, suffix=suffix)):
         path = fileio.join_path(folder, name)

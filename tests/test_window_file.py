@@ -81,6 +81,13 @@ def test_the_checkpoint_is_a_batchnorms_and_files_go_with_their_checkpoint(tmp_p
     assert 'window' not in ''.join(checkpoint)
 
 
+def test_checkpoints_may_lie_in_another_folder(tmp_path):
+    arguments = dict(checkpoints=dict(interval=1, out_dir=str(tmp_path / 'new')))
+    train(tmp_path / 'run', epochs=2, **arguments)
+    assert (tmp_path / 'new/run/epoch_2.pth.cbn_window_rank0').exists()
+    assert train(tmp_path / 'run', epochs=3, resume=True, **arguments).lengths == [4] * 4
+
+
 def test_without_the_option_no_file_is_written(tmp_path):
     train(tmp_path, hook=dict(HOOK, save_window=False), epochs=2)
     assert not list(tmp_path.glob('*window*'))
