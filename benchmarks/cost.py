@@ -228,7 +228,7 @@ def main() -> None:
     rows += inference_rows(2 * args.rounds)
     raw['rows'] = [row._asdict() for row in rows]
 
-    where = ', '.join(f'{key} {raw["settings"][key]}' for key in ('device_name', 'threads', 'torch'))
+    where = '{device_name}, {threads} threads, torch {torch}'.format(**raw['settings'])
     width, height = settings.size
     lines = [
         f'Measured by `benchmarks/cost.py` on {where}. Times are medians (first to third quartile) over rounds in '
