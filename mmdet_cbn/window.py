@@ -24,11 +24,11 @@ class Window(Generic[Statistics]):
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
+        self._weight: Tensor | None = None
         self.clear()
 
     def clear(self) -> None:
         """Forget everything, memory included."""
-        self._weight: Tensor | None = None
         self._ring: Statistics | None = None
         self._next = 0
         self._length = 0

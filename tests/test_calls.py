@@ -55,6 +55,16 @@ def test_a_norm_behind_two_convolutions_keeps_them_apart():
     assert [window.stacked().var_grad.shape[2:] for window in norm._windows] == [(4, 1, 1), (4, 3, 3)]
 
 
+def test_another_convolution_of_the_same_shape_begins_afresh():
+    norm = CBN(4, window_size=4).double()
+    first, second = (nn.Conv2d(4, 4, 1).double() for _ in range(2))
+    lengths = []
+    for conv, x in zip([first, second, second], batches(3), strict=True):
+        norm(conv(x))
+        lengths.append(norm.window_length)
+    assert lengths == [1, 1, 2]
+
+
 @KINDS
 def test_micro_batches_count_as_iterations(kind):
     model, reference = conv_and_norm(window_size=4, **kind), conv_and_norm(window_size=4, **kind)
