@@ -5,12 +5,13 @@ import sys
 import weakref
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
+from . import compiled
 from .arguments import check_int, check_names, check_real
 from .conversion import active_norms, become, under
 from .convolution import ConvCall, ConvFinder, unsupported_because
@@ -29,6 +30,15 @@ from .statistics import (
 from .window import Window
 
 Model = TypeVar('Model', bound=nn.Module)
+
+
+class _FirstRun(NamedTuple):
+    """A call of this iteration, for the second run of a checkpointed block."""
+
+    shape: torch.Size
+    weight: Tensor | None
+    past: tuple[Tensor, Tensor] | None  # mu' and var'
+
 
 _REMEDY = (
     "Use order=0 (Naive CBN), which needs no convolution, or type='BN', in the norm_cfg of this layer; "
@@ -200,8 +210,8 @@ class CBN(nn.BatchNorm2d):
         self._windows = [self._window]
         self._calls = 0  # in this iteration so far
         self._last_call: weakref.ref[Call] | None = None
-        # mu' and var' of the last forward, for the second run of a checkpointed block.
-        self._past: tuple[Tensor, Tensor] | None = None
+        self._compiled_call: Call | None = None  # kept, for lack of a graph that does
+        self._first_runs: list[_FirstRun] = []  # of this iteration
 
     def window_state(self) -> dict[str, Any]:
         """The windows, and where the layer is in its random numbers: plain data and tensors."""
@@ -233,6 +243,7 @@ class CBN(nn.BatchNorm2d):
         if self._calls > 0:
             del self._windows[self._calls :]  # of calls that the last iteration did not have
             self._calls = 0
+            self._first_runs = []
 
     def _begin_call(self, weight: Tensor | None) -> Call:
         """Take up the window of this call of the iteration."""
@@ -252,7 +263,8 @@ class CBN(nn.BatchNorm2d):
         return Window(0 if self._window_size == 'auto' else self._window_size - 1)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, '_last_call': None, '_bad_batches': None}  # a copy has no graph, and begins to count
+        # A copy has no graph, and begins to count.
+        return {**self.__dict__, '_last_call': None, '_compiled_call': None, '_first_runs': [], '_bad_batches': None}
 
     def _apply(self, fn: Any, recurse: bool = True) -> 'CBN':
         super()._apply(fn, recurse)
@@ -280,11 +292,18 @@ class CBN(nn.BatchNorm2d):
         self._check_input_dim(input)
         call = self._feeding_call(input) if self.order > 0 else None
         if input.numel() == 0:
-            return super().forward(input)
+            return self._empty_forward(input, None if call is None else call[0].weight)
         if self.burn_in or (self.order > 0 and call is None):
             self.window_length = 1
             return super().forward(input)
-        return self._cross_iteration_forward(input, None if call is None else ConvCall.of(*call))
+        return self._cross_iteration_forward(input, call)
+
+    def _empty_forward(self, input: Tensor, weight: Tensor | None) -> Tensor:
+        output = super().forward(input)
+        if output.grad_fn is not None and not torch.compiler.is_compiling():
+            # A call like the others, lest those after it take up each other's windows; and alive for as long.
+            output.grad_fn.register_prehook(self._begin_call(weight).go_back)
+        return output
 
     def _feeding_call(self, input: Tensor) -> tuple[nn.Conv2d, Tensor] | None:
         """The convolution that made ``input``, and its own input; None where :meth:`ConvFinder.find` returns that."""
@@ -306,16 +325,35 @@ class CBN(nn.BatchNorm2d):
             )
         return conv, conv_input  # type: ignore[return-value]
 
-    def _cross_iteration_forward(self, input: Tensor, conv: ConvCall | None) -> Tensor:
-        positions = input.numel() // input.size(1)
-        if positions == 1:
+    def _cross_iteration_forward(self, input: Tensor, feeding: tuple[nn.Conv2d, Tensor] | None) -> Tensor:
+        if input.numel() == input.size(1):
             raise ValueError(
                 f'{self._title()} expected more than 1 value per channel when training, got input size {input.size()}'
             )
-        second_run = runs_again()
-        conv_bias = conv.bias if conv is not None else None
+        conv, conv_input = feeding or (None, None)
+        running = (self.running_mean, self.running_var, self.num_batches_tracked)
+        call: Call | int
+        if torch.compiler.is_compiling():
+            call = compiled.number_of(self)
+            conv_number = -1 if conv is None else compiled.number_of(conv)
+            learning = torch.is_grad_enabled() and any(
+                tensor is not None and tensor.requires_grad for tensor in (input, self.weight, self.bias)
+            )
+            with torch.no_grad():
+                statistics = compiled.window_statistics(input, conv_input, *running, call, conv_number, learning)
+        else:
+            conv_call = None if feeding is None else ConvCall.of(*feeding)
+            *statistics, call = self._window_statistics(input, conv_call, *running)
+        conv_bias = None if conv is None else conv.bias
+        return WindowNorm.apply(input, self.weight, self.bias, conv_bias, *statistics, self.eps, call)
 
-        weight = None if conv is None else conv.weight
+    def _window_statistics(
+        self, input: Tensor, conv: ConvCall | None, *running: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Call]:
+        """Mean, variance and share of :class:`WindowNorm`; the window and the ``running`` statistics go on."""
+        positions = input.numel() // input.size(1)
+        second_run = runs_again()
+        weight, conv_bias = (None, None) if conv is None else (conv.weight, conv.bias)
         call = Call(weight) if second_run else self._begin_call(weight)
         device = input.device.type
         # Made only where there is one to be kept out: it takes as long as some of the statistics.
@@ -323,14 +361,17 @@ class CBN(nn.BatchNorm2d):
         with torch.no_grad(), autocast:
             batch_mean, var = batch_statistics(input)
             mean = batch_mean if conv_bias is None else batch_mean - conv_bias
-            if not second_run:
-                self._past = self._past_statistics(conv)
-            if self._past is None:
+            if second_run:
+                past = self._past_of_first_run(input.shape, weight)
+            else:
+                past = self._past_statistics(conv)
+                self._first_runs.append(_FirstRun(input.shape, weight, past))
+            if past is None:
                 window_mean, window_var, share = mean, var, torch.ones_like(mean)
             else:
-                window_mean, window_var, share = window_statistics(mean, var, *self._past)
+                window_mean, window_var, share = window_statistics(mean, var, *past)
             if not second_run:
-                self.window_length = 1 if self._past is None else 1 + len(self._window)
+                self.window_length = 1 if past is None else 1 + len(self._window)
                 if conv is None:
                     self._window.push(NaiveStatistics(mean, var))
                 elif self.samples is None:
@@ -338,13 +379,11 @@ class CBN(nn.BatchNorm2d):
                 else:
                     start = self._random.random()
                     self._window.push(sampled_statistics(input, mean, var, conv, self.samples, start))
-                self._update_running_statistics(batch_mean, var * (positions / (positions - 1)))
+                self._update_running_statistics(batch_mean, var * (positions / (positions - 1)), *running)
 
             if conv_bias is not None:
                 window_mean = window_mean + conv_bias
-        return WindowNorm.apply(
-            input, self.weight, self.bias, conv_bias, window_mean, window_var, share, self.eps, call
-        )
+        return window_mean, window_var, share, call
 
     def _past_statistics(self, conv: ConvCall | None) -> tuple[Tensor, Tensor] | None:
         """mu' and var' of the earlier iterations, [n, C] each; None if there are none."""
@@ -361,17 +400,35 @@ class CBN(nn.BatchNorm2d):
         fits = past.var_grad.shape[1:] == conv.weight.shape
         return compensate(past, conv.weight, conv.groups) if fits else None
 
-    def _update_running_statistics(self, mean: Tensor, unbiased_var: Tensor) -> None:
+    def _past_of_first_run(self, shape: torch.Size, weight: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """mu' and var' of the call that a checkpointed block runs again, which has pushed since."""
+        found = [run.past for run in self._first_runs if run.shape == shape and run.weight is weight]
+        if len(found) != 1:
+            raise RuntimeError(
+                f'{self._title()} runs again in a checkpointed block, and {len(found)} of its {len(self._first_runs)} '
+                f'calls in this iteration had inputs of {list(shape)} from that convolution. Of one of them it could '
+                'be known which. Use use_reentrant=False, or checkpoint no block that shares the layer.'
+            )
+        return found[0]
+
+    def _update_running_statistics(
+        self,
+        mean: Tensor,
+        unbiased_var: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        num_batches_tracked: Tensor | None,
+    ) -> None:
         """As in BatchNorm: from the current batch alone, the variance unbiased; but not from channels of inf or NaN."""
         finite = unbiased_var < torch.inf  # which NaN is not; and where the mean is neither, the variance is not
         bad = finite.logical_not().any()
         self._bad_batches = bad.long() if self._bad_batches is None else self._bad_batches.add_(bad)
-        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+        if running_mean is None or running_var is None or num_batches_tracked is None:
             return
-        self.num_batches_tracked.add_(1)
-        for running, current in ((self.running_mean, mean), (self.running_var, unbiased_var)):
+        num_batches_tracked.add_(1)
+        for running, current in ((running_mean, mean), (running_var, unbiased_var)):
             # The cumulative average divides on the device: a Python number would make the host wait for it.
-            weight = 1 / self.num_batches_tracked.to(running.dtype) if self.momentum is None else self.momentum
+            weight = 1 / num_batches_tracked.to(running.dtype) if self.momentum is None else self.momentum
             running.lerp_(current.to(running.dtype).where(finite, running), weight)
 
     def _title(self) -> str:

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from mmcv.cnn.bricks.wrappers import Conv2d as MMCVConv2d
 from torch import Tensor, nn
@@ -54,10 +55,23 @@ class _Remembered(NamedTuple):
 _last = threading.local()
 
 
+class _Traced:
+    """The last call in what torch.compile makes a graph of: no tensors yet, and only ever looked at by the compiler."""
+
+    call: tuple[_ConvNd, Tensor, Tensor] | None = None
+
+
+_traced = _Traced()
+
+
 def remember_call(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
     """Forward hook: remember this call, if ``module`` is a convolution."""
-    if isinstance(module, _ConvNd) and not output.is_inference():
-        input = args[0] if args else kwargs['input']
+    if not isinstance(module, _ConvNd):
+        return
+    input = args[0] if args else kwargs['input']
+    if torch.compiler.is_compiling():
+        _traced.call = module, input, output
+    elif not output.is_inference():
         _last.call = _Remembered(module, input, weakref.ref(output), output._version)
 
 
@@ -67,6 +81,9 @@ def take_call(output: Tensor) -> tuple[_ConvNd, Tensor] | None:
     Returns:
         None where the last call was another one, was not remembered, or ``output`` has been modified in place.
     """
+    if torch.compiler.is_compiling():
+        traced, _traced.call = _traced.call, None
+        return None if traced is None or traced[2] is not output else traced[:2]
     call: _Remembered | None = getattr(_last, 'call', None)
     if call is None or not _are_one(call.output(), output) or call.version != output._version:
         return None
@@ -118,6 +135,8 @@ class ConvFinder:
             LookupError: No convolution has just returned ``output``.
         """
         taken = take_call(output)
+        if torch.compiler.is_compiling() and taken is not None:
+            return taken  # for the graph, once and for all
         if taken is None:
             if self in _watch:
                 raise LookupError
@@ -162,7 +181,8 @@ class _Watch:
             self._handle = None
 
     def _remember_call(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        self._end_if_idle()  # the last finder may have been deleted
+        if not torch.compiler.is_compiling():
+            self._end_if_idle()  # the last finder may have been deleted
         remember_call(module, args, kwargs, output)
 
 

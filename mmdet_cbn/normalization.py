@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import compiled
+
 _backward = torch.ops.aten.native_batch_norm_backward
 
 
@@ -21,6 +23,10 @@ class Call:
         self.has_gone_back = False
         self._weight = weight
         self._version = None if weight is None else weight._version
+
+    def go_back(self, *_: Any) -> None:
+        """The backward pass has come to it: a hook of autograd's nodes, too."""
+        self.has_gone_back = True
 
     @property
     def is_over(self) -> bool:
@@ -54,7 +60,7 @@ class WindowNorm(torch.autograd.Function):
         var: Tensor,
         share: Tensor,
         eps: float,
-        call: Call,
+        call: Call | int,
     ) -> Tensor:
         """Normalize.
 
@@ -69,7 +75,7 @@ class WindowNorm(torch.autograd.Function):
             var: V, [C].
             share: s, [C].
             eps: Added to V.
-            call: Learns when the backward pass goes through.
+            call: Learns when the backward pass goes through; under ``torch.compile`` the number of the layer.
         """
         gamma, beta = (None if p is None else p.to(mean.dtype) for p in (weight, bias))
         ctx.save_for_backward(x, gamma, mean, var, share)
@@ -79,8 +85,11 @@ class WindowNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.call.has_gone_back = True
         x, gamma, mean, var, share = ctx.saved_tensors
+        if isinstance(ctx.call, int):
+            share = compiled.go_back(share, dy, ctx.call)
+        else:
+            ctx.call.go_back()
         need_x, need_weight, need_bias, need_conv_bias = ctx.needs_input_grad[:4]
         if gamma is None:
             gamma = torch.ones_like(share)

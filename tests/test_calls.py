@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_cbn import batches, conv_and_norm, loss_of
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from mmdet_cbn import CBN
 
@@ -119,3 +120,42 @@ def test_no_graph_is_kept_alive():
     del graph, y
     gc.collect()
     assert model[1]._last_call() is None
+
+
+def test_a_call_without_any_position_is_a_call():
+    """As where a level of the FPN has no RoIs."""
+    head, reference = conv_and_norm(window_size=3), conv_and_norm(window_size=3)
+    empty = torch.zeros(0, 4, 7, 7, dtype=torch.float64)
+    for number, xs in enumerate(levels(4)):
+        without_first, with_all = [x if place else empty for place, x in enumerate(xs)], xs
+        outputs = [head(x) for x in (without_first if number % 2 else with_all)]
+        expected = [reference(x) for x in xs]
+        for actual, y in zip(outputs[1:], expected[1:], strict=True):
+            torch.testing.assert_close(actual, y)
+        gradients = torch.autograd.grad(sum(map(loss_of, expected)), list(reference.parameters()))
+        sum(map(loss_of, outputs[number % 2 :])).backward()
+        with torch.no_grad():
+            for parameter, twin, gradient in zip(head.parameters(), reference.parameters(), gradients, strict=True):
+                twin.sub_(0.01 * gradient)
+                parameter.copy_(twin)
+    assert [len(window) for window in head[1]._windows] == [2, 2, 2, 2]
+
+
+@KINDS
+def test_checkpointed_calls_run_again_with_the_window_that_each_had(kind):
+    head, plain = conv_and_norm(window_size=3, **kind), conv_and_norm(window_size=3, **kind)
+    for xs in levels(4):
+        xs = [xs[0], xs[1], xs[3]]  # all of other shapes
+        step(list(head.parameters()), [loss_of(checkpoint(head, x, use_reentrant=False)) for x in xs])
+        step(list(plain.parameters()), [loss_of(plain(x)) for x in xs])
+        for actual, expected in zip(head.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize('use_reentrant', [False, True])
+def test_a_checkpointed_call_that_cannot_be_told_from_another_is_an_error(use_reentrant):
+    head = conv_and_norm(window_size=3)
+    sizes = (5, 6) if use_reentrant else (5, 5)
+    xs = [torch.randn(2, 4, size, size, dtype=torch.float64, requires_grad=True) for size in sizes]
+    with pytest.raises(RuntimeError, match='runs again in a checkpointed block'):
+        sum(loss_of(checkpoint(head, x, use_reentrant=use_reentrant)) for x in xs).backward()

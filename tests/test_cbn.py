@@ -120,7 +120,7 @@ def test_invalid_old_statistics_are_replaced_as_in_eq_10():
     with torch.no_grad():
         model[0].weight.mul_(-1.5)
     y = model(second)
-    assert (model[1]._past[1] == 0).all(), 'the step was meant to make the prediction invalid'
+    assert (model[1]._first_runs[0].past[1] == 0).all(), 'the step was meant to make the prediction invalid'
     torch.testing.assert_close(y, oracle(second, model[0].weight, model[1].weight, model[1].bias))
 
 
@@ -360,7 +360,7 @@ def test_every_layer_finds_its_convolution_and_predicts_its_change(name):
         mean = next(mean for c, _, mean in norm_calls(model, inputs) if c is conv)
         assert norm.window_length == 2
         bias = 0 if conv.bias is None else conv.bias
-        torch.testing.assert_close(norm._past[0][0], mean - bias)
+        torch.testing.assert_close(norm._first_runs[0].past[0][0], mean - bias)
 
 
 def test_no_convolution_is_a_clear_error_naming_layer_and_remedy():

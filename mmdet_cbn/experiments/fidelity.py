@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..arguments import check_int
 from ..cbn import CBN
@@ -142,17 +142,18 @@ class StatisticsFidelityHook(Hook):
         self,
         name: str,
         layer: CBN,
-        forward: Callable[[Tensor, ConvCall], Tensor],
+        forward: Callable[[Tensor, tuple[nn.Conv2d, Tensor]], Tensor],
         input: Tensor,
-        conv: ConvCall,
+        feeding: tuple[nn.Conv2d, Tensor],
     ) -> Tensor:
         """In the place of the layer's own."""
+        conv = ConvCall.of(*feeding)
         with torch.no_grad(), torch.autocast(input.device.type, enabled=False):
             if self._replayed is not None:
                 return self._replay(name, layer, input, conv)
             if self._is_needed and name not in self._current:  # there it is where a checkpointed block runs again
                 self._current[name] = self._note(layer, input, conv)
-        return forward(input, conv)
+        return forward(input, feeding)
 
     def _note(self, layer: CBN, input: Tensor, conv: ConvCall) -> _Old:
         batch_mean, var = batch_statistics(input)

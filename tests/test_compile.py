@@ -1,0 +1,126 @@
+"""Under torch.compile a layer trains as without it, in one graph with the rest of the model."""
+
+import copy
+
+import pytest
+import torch
+from conftest import Net, runner_for
+from mmdet.models.backbones import ResNet
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from mmdet_cbn import CBN
+
+KINDS = pytest.mark.parametrize('kind', [dict(), dict(order=0), dict(samples=20)], ids=str)
+BACKENDS = pytest.mark.parametrize('backend', ['aot_eager', 'inductor'])
+
+
+@pytest.fixture(autouse=True)
+def _forget_graphs():
+    torch._dynamo.reset()
+
+
+class Head(nn.Module):
+    """Shared by the levels of an FPN, as RetinaNet's."""
+
+    def __init__(self, **kind):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.norm = CBN(4, window_size=3, **kind)
+        self.last = nn.Conv2d(4, 1, 1)
+
+    def forward(self, xs):
+        return sum(self.last(self.norm(self.conv(x)).relu()).square().mean() for x in xs)
+
+
+def train_side_by_side(model, compiled, twin, inputs, accumulate=1, loss_of=lambda y: y):
+    """Losses of each iteration must agree, and all parameters and buffers in the end."""
+    optimizers = [torch.optim.SGD(net.parameters(), lr=0.02, momentum=0.9) for net in (model, twin)]
+    for number, x in enumerate(inputs):
+        losses = [loss_of(net(x)) for net in (compiled, twin)]
+        torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+        for loss, optimizer in zip(losses, optimizers, strict=True):
+            loss.backward()
+            if number % accumulate == accumulate - 1:
+                optimizer.step()
+                optimizer.zero_grad()
+    for (name, actual), expected in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
+        torch.testing.assert_close(
+            actual, expected, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f'{name}: {text}'
+        )
+
+
+def images(count, *sizes):
+    generator = torch.Generator().manual_seed(1)
+    return [[torch.randn(2, 4, size, size + 1, generator=generator) for size in sizes] for _ in range(count)]
+
+
+@BACKENDS
+@KINDS
+def test_training_is_as_without_it_and_breaks_no_graph(kind, backend):
+    """Across the end of burn-in, of a shared head, with accumulated gradients."""
+    torch.manual_seed(0)
+    model = Head(**kind)
+    twin = copy.deepcopy(model)
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    model.norm.burn_in = twin.norm.burn_in = True
+    train_side_by_side(model, compiled, twin, images(2, 8, 4, 2))
+    model.norm.burn_in = twin.norm.burn_in = False
+    train_side_by_side(model, compiled, twin, images(6, 8, 4, 2), accumulate=2)
+    assert counter.frame_count == 2, 'one graph for burn-in and one for all windows after it'
+    for norm in (model.norm, twin.norm):
+        assert norm.window_length == 3 and [len(window) for window in norm._windows] == [2, 2, 2]
+
+
+def test_forwards_without_gradients_count_as_iterations():
+    model = Head()
+    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
+    with torch.no_grad():
+        for xs in images(4, 8):
+            compiled(xs)
+    assert len(model.norm._windows) == 1 and model.norm.window_length == 3
+
+
+@pytest.mark.parametrize('with_cp', [False, True])
+def test_mmdets_resnet_trains_as_without_it(with_cp):
+    """Where a block is checkpointed, graphs may break, but the numbers stay."""
+    torch.manual_seed(0)
+    norm_cfg = dict(type='CBN', window_size=3)
+    model = ResNet(18, base_channels=4, num_stages=2, strides=(1, 2), dilations=(1, 1), out_indices=(0, 1),
+                   norm_cfg=norm_cfg, norm_eval=False, with_cp=with_cp)  # fmt: skip
+    model.init_weights()
+    twin = copy.deepcopy(model)
+    model.train()
+    twin.train()
+
+    compiled = torch.compile(model, fullgraph=not with_cp, backend='aot_eager')
+    xs = torch.randn(5, 2, 3, 32, 40, generator=torch.Generator().manual_seed(1))
+    train_side_by_side(model, compiled, twin, xs, loss_of=lambda ys: sum(y.square().mean() for y in ys))
+    assert {m.window_length for m in model.modules() if isinstance(m, CBN)} == {3}
+
+
+@BACKENDS
+def test_evaluation_compiles_whole_and_is_as_without_it(backend):
+    model = Head()
+    for xs in images(3, 8):
+        model(xs).backward()
+    model.eval()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        for xs in images(2, 8, 4):
+            torch.testing.assert_close(compiled(xs), model(xs))
+
+
+def test_mmengine_compiles_it(tmp_path):
+    """``compile=True`` of its config."""
+    losses = []
+    for compile in (True, False):
+        torch.manual_seed(0)
+        hook = dict(type='CBNBurnInHook', burn_in_epochs=1)
+        runner = runner_for(tmp_path / str(compile), Net(), hook, epochs=3, cfg=dict(compile=compile))
+        runner.train()
+        scalars = runner.message_hub.log_scalars
+        assert scalars['train/cbn_window'].data[0].tolist() == [1] * 5 + [2] + [3] * 6
+        losses.append(scalars['train/loss'].data[0])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5, abs=1e-3)
