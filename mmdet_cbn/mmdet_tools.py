@@ -1,9 +1,13 @@
 """Running the command-line tools of the installed mmdet."""
 
 import runpy
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import mmdet
+import torch
 from torch import distributed
 
 
@@ -27,7 +31,10 @@ def run_tool(name: str) -> None:
     Raises:
         FileNotFoundError: As :func:`find_tool`; and whatever the tool raises.
     """
-    runpy.run_path(str(find_tool(name)), run_name='__main__')
+    # mmengine's launcher chooses a GPU for each process, also where there is none to choose and gloo is the backend.
+    ignored: AbstractContextManager[Any] = nullcontext() if torch.cuda.is_available() else mock.patch.object(torch.cuda, 'set_device')
+    with ignored:
+        runpy.run_path(str(find_tool(name)), run_name='__main__')
     if distributed.is_initialized():
         # mmengine leaves the process group open, and then the first process to end can make the others abort.
         distributed.barrier()

@@ -1,5 +1,6 @@
 """The command-line tools, run as commands."""
 
+import json
 import os
 import re
 import socket
@@ -7,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 
 from mmdet_cbn.mmdet_tools import find_tool
@@ -77,23 +79,78 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def test_distributed_training_and_testing(run, tmp_path):
-    """Two processes on the CPU. mmengine's launcher chooses a GPU for each process, which is all that has to be kept
-    from it where there is none."""
-    (tmp_path / 'sitecustomize.py').write_text('import torch\ntorch.cuda.set_device = lambda device: None\n')
-    on_cpu = (
+WEIGHTS_OF_EACH_PROCESS = """
+import torch
+from mmengine.dist import get_rank
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+
+@HOOKS.register_module()
+class WeightsOfEachProcess(Hook):
+    def before_train(self, runner):
+        self.rois = []
+        runner.model.module.roi_head.mask_head.register_forward_pre_hook(self.note)
+
+    def note(self, head, args):
+        if head.training:
+            self.rois.append(len(args[0]))
+
+    def after_train(self, runner):
+        file = f'{runner.work_dir}/weights_{get_rank()}.pth'
+        torch.save(dict(rois=self.rois, model=runner.model.module.state_dict()), file)
+"""
+
+
+@pytest.mark.parametrize(('processes', 'broadcast'), [(2, False), (4, True)])
+def test_distributed_training_and_testing(run, tmp_path, shapes_root, processes, broadcast):
+    """On the CPU; the last process finds nothing on its images, so it has no RoI for its mask head."""
+    annotations = json.loads((shapes_root / 'annotations/instances_train2017.json').read_text())
+    bare = {image['id'] for image in annotations['images'][processes - 1 :: processes]}
+    annotations['annotations'] = [a for a in annotations['annotations'] if a['image_id'] not in bare]
+    (tmp_path / 'train.json').write_text(json.dumps(annotations))
+    (tmp_path / 'weights_of_each_process.py').write_text(WEIGHTS_OF_EACH_PROCESS)
+    config = tmp_path / 'config.py'
+    config.write_text(
+        f"_base_ = '{CONFIG}'\n"
+        "custom_imports = dict(imports=['mmdet_cbn', 'weights_of_each_process'])\n"
+        "default_hooks = dict(weights=dict(type='WeightsOfEachProcess'))\n"
+    )
+    options = (
         'env_cfg.dist_cfg.backend=gloo',
         'model_wrapper_cfg.type=MMDistributedDataParallel',
         'model_wrapper_cfg.device_ids=None',
+        f'model_wrapper_cfg.broadcast_buffers={broadcast}',
+        f'model_wrapper_cfg.find_unused_parameters={broadcast}',
         'train_cfg.max_epochs=2',
+        'train_dataloader.batch_size=1',
+        'train_dataloader.sampler.shuffle=False',
+        'train_dataloader.batch_sampler=None',
+        f'train_dataloader.dataset.ann_file={tmp_path}/train.json',
+        'train_dataloader.dataset.filter_cfg=None',
         'custom_hooks.0.save_window=True',
     )
-    environment = dict(PORT=str(free_port()), OMP_NUM_THREADS='1', PYTHONPATH=str(tmp_path))
-    log = run(ROOT / 'tools/dist_train.sh', CONFIG, 2, '--work-dir', 'run', *SMALL_RUN, *on_cpu, **environment)
-    assert re.findall(r'Epoch\(train\) +\[2\]\[2/2\].*cbn_window: (\d)', log) == ['2']
-    windows = [(tmp_path / f'run/epoch_2.pth.cbn_window_rank{rank}').read_bytes() for rank in (0, 1)]
-    assert windows[0] != windows[1], 'each process has its own'
-    log = run(ROOT / 'tools/dist_test.sh', CONFIG, 'run/epoch_2.pth', 2, *SMALL_RUN, *on_cpu, **environment)
+    environment = dict(
+        CBN_ROW='mask-rcnn_r50_fpn_cbn-all_1x_coco',
+        PORT=str(free_port()),
+        OMP_NUM_THREADS='1',
+        PYTHONPATH=f'{tmp_path}:{os.environ.get("PYTHONPATH", "")}',
+    )
+    train = (ROOT / 'tools/dist_train.sh', config, processes, '--work-dir', 'run', *SMALL_RUN, *options)
+    log = run(*train, **environment)
+    last = 8 // processes
+    assert re.findall(rf'Epoch\(train\) +\[2\]\[{last}/{last}\].*cbn_window: (\d)', log) == [str(min(last, 4))]
+
+    ranks = range(processes)
+    windows = [(tmp_path / f'run/epoch_2.pth.cbn_window_rank{rank}').read_bytes() for rank in ranks]
+    assert len(set(windows)) == processes, 'each process has its own'
+    ends = [torch.load(tmp_path / f'run/weights_{rank}.pth') for rank in ranks]
+    assert all(min(end['rois']) > 0 for end in ends[:-1]) and set(ends[-1]['rois']) == {0}
+    for end in ends[1:]:
+        for name, value in end['model'].items():
+            if 'running' not in name:
+                assert torch.equal(value, ends[0]['model'][name]), name
+    log = run(ROOT / 'tools/dist_test.sh', config, 'run/epoch_2.pth', processes, *SMALL_RUN, *options, **environment)
     assert 'Average Precision  (AP) @[ IoU=0.50:0.95' in log
 
 
