@@ -17,7 +17,7 @@ from .cbn import CBN
 from .conversion import active_norms
 from .window import suggested_window_size
 
-_ITERS_BETWEEN_WARNINGS = 50  # to read the counts makes the host wait for the device
+_ITERS_BETWEEN_READINGS = 50  # of what the layers count: that makes the host wait for the device
 
 
 @HOOKS.register_module()
@@ -40,9 +40,12 @@ class CBNBurnInHook(Hook):
             stopped, as far as mmengine's own state does. Otherwise the windows fill anew, within k iterations. The
             checkpoint itself is a BatchNorm's in either case. Files go when their checkpoint has gone
             (``max_keep_ckpts``).
+        diagnostics: Whether to put into the training log, every 50 iterations, what each layer's
+            :meth:`CBN.diagnosis` tells of them: ``cbn/<layer>/window_length``, ``cbn/<layer>/correction`` and
+            ``cbn/<layer>/invalid``. It goes where mmengine's log goes, TensorBoard or WandB included.
 
     Raises:
-        TypeError: A length that is not an int, or ``save_window`` that is not a bool.
+        TypeError: A length that is not an int, or ``save_window`` or ``diagnostics`` that is not a bool.
         ValueError: None or both of the arguments, or a negative length.
         RuntimeError: When training begins, if there is no CBN layer to burn in: none in the model, none left after
             ``sync_bn`` converted them, or none in training mode; if ``burn_in_epochs`` meets a training loop that
@@ -50,7 +53,11 @@ class CBNBurnInHook(Hook):
     """
 
     def __init__(
-        self, burn_in_epochs: int | None = None, burn_in_iters: int | None = None, save_window: bool = False
+        self,
+        burn_in_epochs: int | None = None,
+        burn_in_iters: int | None = None,
+        save_window: bool = False,
+        diagnostics: bool = False,
     ) -> None:
         if (burn_in_epochs is None) == (burn_in_iters is None):
             raise ValueError(
@@ -60,9 +67,10 @@ class CBNBurnInHook(Hook):
         self.by_epoch = burn_in_epochs is not None
         self.length: int = burn_in_epochs if burn_in_epochs is not None else burn_in_iters  # type: ignore[assignment]
         check_int('CBNBurnInHook', 'burn_in_epochs' if self.by_epoch else 'burn_in_iters', self.length, at_least=0)
-        if not isinstance(save_window, bool):
-            raise TypeError(f'CBNBurnInHook: save_window must be True or False, got {save_window!r}')
-        self.save_window = save_window
+        for name, value in (('save_window', save_window), ('diagnostics', diagnostics)):
+            if not isinstance(value, bool):
+                raise TypeError(f'CBNBurnInHook: {name} must be True or False, got {value!r}')
+        self.save_window, self.diagnostics = save_window, diagnostics
         self._resumed_from: str | None = None
         self._layers: dict[str, CBN] = {}
         self._bad_batches: dict[str, int] = {}
@@ -103,6 +111,8 @@ class CBNBurnInHook(Hook):
                 layer.window_size = suggested_window_size(_images_per_gpu(runner.train_dataloader))
         if self._resumed_from is not None:
             self._load_window(runner, window_file.path_of(self._resumed_from, get_rank()))
+        for layer in self._layers.values():
+            layer.diagnose = self.diagnostics
         self._announce(runner, frozen=len(found) - len(self._layers))
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
@@ -115,12 +125,21 @@ class CBNBurnInHook(Hook):
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
     ) -> None:
-        """Put the window length into the log, and now and then a warning of inf and NaN."""
+        """Put the window length into the log, and now and then a warning of inf and NaN, and diagnoses."""
         runner.message_hub.update_scalar(
             'train/cbn_window', max(layer.window_length for layer in self._layers.values())
         )
-        if self.every_n_train_iters(runner, _ITERS_BETWEEN_WARNINGS) or self.is_last_train_iter(runner):
+        if self.every_n_train_iters(runner, _ITERS_BETWEEN_READINGS) or self.is_last_train_iter(runner):
             self._warn_of_bad_batches(runner)
+            self._log_diagnoses(runner)
+
+    def _log_diagnoses(self, runner: Runner) -> None:
+        for name, layer in self._layers.items():
+            diagnosis = layer.diagnosis()
+            if diagnosis is not None:
+                runner.message_hub.update_scalars(
+                    {f'train/cbn/{name}/{key}': value for key, value in diagnosis._asdict().items()}
+                )
 
     def _warn_of_bad_batches(self, runner: Runner) -> None:
         counts = {name: layer.bad_batches for name, layer in self._layers.items()}

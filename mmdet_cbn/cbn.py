@@ -32,11 +32,19 @@ from .window import Window
 Model = TypeVar('Model', bound=nn.Module)
 
 
+class Diagnosis(NamedTuple):
+    """How far a layer relied on its compensation."""
+
+    window_length: int  #: Over how many iterations the last training forward averaged.
+    correction: float  #: Mean distance that compensation moved the old means, in sigma of the current batch.
+    invalid: float  #: Share of the old variances, from 0 to 1, that the maximum of Eq. 10 kept from being negative.
+
+
 class _FirstRun(NamedTuple):
     """A call of this iteration, for the second run of a checkpointed block."""
 
     shape: torch.Size
-    weight: Tensor | None
+    conv: nn.Conv2d | None
     past: tuple[Tensor, Tensor] | None  # mu' and var'
 
 
@@ -87,6 +95,8 @@ class CBN(nn.BatchNorm2d):
     Attributes:
         burn_in (bool): While True, train as ``nn.BatchNorm2d`` (k = 1). :class:`CBNBurnInHook` sets it.
         window_length (int): Over how many iterations the last training forward averaged; 0 before the first.
+        diagnose (bool): While True, what :meth:`diagnosis` returns is computed, at the cost of some small operators.
+            :class:`CBNBurnInHook` sets it where ``diagnostics=True``.
 
     Shape:
         [N, C, H, W] to [N, C, H, W].
@@ -131,8 +141,11 @@ class CBN(nn.BatchNorm2d):
         self._random = random.Random(torch.initial_seed())
         self.burn_in = False
         self.window_length = 0
+        self.diagnose = False
         self._finder = ConvFinder()
-        self._bad_batches: Tensor | None = None  # on the device, lest the host wait for it
+        # On the device, lest the host wait for them.
+        self._bad_batches: Tensor | None = None
+        self._diagnosed: Tensor | None = None
         self.window_size = window_size
 
     @classmethod
@@ -188,6 +201,17 @@ class CBN(nn.BatchNorm2d):
         Only batches that CBN normalized count, not those of burn-in. To read it makes the host wait for the device.
         """
         return 0 if self._bad_batches is None else int(self._bad_batches)
+
+    def diagnosis(self) -> Diagnosis | None:
+        """Means over the forwards since this was last called, those of burn-in left out; None if there were none.
+
+        Only of a layer that is told to :attr:`diagnose`. Makes the host wait for the device.
+        """
+        if self._diagnosed is None:
+            return None
+        correction, invalid, forwards = self._diagnosed.tolist()
+        self._diagnosed = None
+        return Diagnosis(self.window_length, correction / forwards, invalid / forwards)
 
     def extra_repr(self) -> str:
         return f'{super().extra_repr()}, window_size={self.window_size!r}, order={self.order}, samples={self.samples}'
@@ -245,7 +269,7 @@ class CBN(nn.BatchNorm2d):
             self._calls = 0
             self._first_runs = []
 
-    def _begin_call(self, weight: Tensor | None) -> Call:
+    def _begin_call(self, conv: nn.Conv2d | None) -> Call:
         """Take up the window of this call of the iteration."""
         last = self._last_call() if self._last_call is not None else None
         if last is None or last.is_over:
@@ -253,9 +277,9 @@ class CBN(nn.BatchNorm2d):
         if self._calls == len(self._windows):
             self._windows.append(self._new_window())
         self._window = self._windows[self._calls]
-        self._window.belong_to(weight)
+        self._window.belong_to(conv)
         self._calls += 1
-        call = Call(weight)
+        call = Call(None if conv is None else conv.weight)
         self._last_call = weakref.ref(call)
         return call
 
@@ -264,12 +288,12 @@ class CBN(nn.BatchNorm2d):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has no graph, and begins to count.
-        return {**self.__dict__, '_last_call': None, '_compiled_call': None, '_first_runs': [], '_bad_batches': None}
+        return {**self.__dict__, '_last_call': None, '_compiled_call': None, '_first_runs': [], '_bad_batches': None, '_diagnosed': None}
 
     def _apply(self, fn: Any, recurse: bool = True) -> 'CBN':
         super()._apply(fn, recurse)
         self.forget_window()  # the window stays behind on a move to another device or precision
-        self._bad_batches = None
+        self._bad_batches = self._diagnosed = None
         return self
 
     def _load_from_state_dict(self, *args: Any) -> None:
@@ -290,19 +314,19 @@ class CBN(nn.BatchNorm2d):
             self.window_length = 1
             return super().forward(input)
         self._check_input_dim(input)
-        call = self._feeding_call(input) if self.order > 0 else None
+        feeding = self._feeding_call(input) if self.order > 0 else None
         if input.numel() == 0:
-            return self._empty_forward(input, None if call is None else call[0].weight)
-        if self.burn_in or (self.order > 0 and call is None):
+            return self._empty_forward(input, None if feeding is None else feeding[0])
+        if self.burn_in or (self.order > 0 and feeding is None):
             self.window_length = 1
             return super().forward(input)
-        return self._cross_iteration_forward(input, call)
+        return self._cross_iteration_forward(input, feeding)
 
-    def _empty_forward(self, input: Tensor, weight: Tensor | None) -> Tensor:
+    def _empty_forward(self, input: Tensor, conv: nn.Conv2d | None) -> Tensor:
         output = super().forward(input)
         if output.grad_fn is not None and not torch.compiler.is_compiling():
             # A call like the others, lest those after it take up each other's windows; and alive for as long.
-            output.grad_fn.register_prehook(self._begin_call(weight).go_back)
+            output.grad_fn.register_prehook(self._begin_call(conv).go_back)
         return output
 
     def _feeding_call(self, input: Tensor) -> tuple[nn.Conv2d, Tensor] | None:
@@ -342,19 +366,20 @@ class CBN(nn.BatchNorm2d):
             with torch.no_grad():
                 statistics = compiled.window_statistics(input, conv_input, *running, call, conv_number, learning)
         else:
-            conv_call = None if feeding is None else ConvCall.of(*feeding)
-            *statistics, call = self._window_statistics(input, conv_call, *running)
+            *statistics, call = self._window_statistics(input, feeding, *running)
         conv_bias = None if conv is None else conv.bias
         return WindowNorm.apply(input, self.weight, self.bias, conv_bias, *statistics, self.eps, call)
 
     def _window_statistics(
-        self, input: Tensor, conv: ConvCall | None, *running: Tensor | None
+        self, input: Tensor, feeding: tuple[nn.Conv2d, Tensor] | None, *running: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Call]:
         """Mean, variance and share of :class:`WindowNorm`; the window and the ``running`` statistics go on."""
         positions = input.numel() // input.size(1)
         second_run = runs_again()
-        weight, conv_bias = (None, None) if conv is None else (conv.weight, conv.bias)
-        call = Call(weight) if second_run else self._begin_call(weight)
+        module = None if feeding is None else feeding[0]
+        conv = None if feeding is None else ConvCall.of(*feeding)
+        conv_bias = None if conv is None else conv.bias
+        call = Call(None) if second_run else self._begin_call(module)
         device = input.device.type
         # Made only where there is one to be kept out: it takes as long as some of the statistics.
         autocast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
@@ -362,10 +387,12 @@ class CBN(nn.BatchNorm2d):
             batch_mean, var = batch_statistics(input)
             mean = batch_mean if conv_bias is None else batch_mean - conv_bias
             if second_run:
-                past = self._past_of_first_run(input.shape, weight)
+                past = self._past_of_first_run(input.shape, module)
             else:
                 past = self._past_statistics(conv)
-                self._first_runs.append(_FirstRun(input.shape, weight, past))
+                self._first_runs.append(_FirstRun(input.shape, module, past))
+                if self.diagnose and past is not None:
+                    self._note_diagnosis(past, var)
             if past is None:
                 window_mean, window_var, share = mean, var, torch.ones_like(mean)
             else:
@@ -400,9 +427,17 @@ class CBN(nn.BatchNorm2d):
         fits = past.var_grad.shape[1:] == conv.weight.shape
         return compensate(past, conv.weight, conv.groups) if fits else None
 
-    def _past_of_first_run(self, shape: torch.Size, weight: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    def _note_diagnosis(self, past: tuple[Tensor, Tensor], var: Tensor) -> None:
+        old = self._window.stacked()
+        correction = (past[0] - old.mean).abs() / (var + self.eps).sqrt()  # type: ignore[union-attr]
+        invalid = (past[1] == 0) & (old.var > 0)  # type: ignore[union-attr]
+        # What is inf or NaN was left out of the window, so it corrected nothing.
+        noted = [correction.nan_to_num(0, 0, 0).mean(), invalid.to(var.dtype).mean(), var.new_ones(())]
+        self._diagnosed = torch.stack(noted) if self._diagnosed is None else self._diagnosed + torch.stack(noted)
+
+    def _past_of_first_run(self, shape: torch.Size, conv: nn.Conv2d | None) -> tuple[Tensor, Tensor] | None:
         """mu' and var' of the call that a checkpointed block runs again, which has pushed since."""
-        found = [run.past for run in self._first_runs if run.shape == shape and run.weight is weight]
+        found = [run.past for run in self._first_runs if run.shape == shape and run.conv is conv]
         if len(found) != 1:
             raise RuntimeError(
                 f'{self._title()} runs again in a checkpointed block, and {len(found)} of its {len(self._first_runs)} '

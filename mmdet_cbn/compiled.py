@@ -6,13 +6,12 @@ compiled.
 """
 
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
-from .convolution import ConvCall
 from .statistics import statistics_dtype
 
 if TYPE_CHECKING:
@@ -64,9 +63,9 @@ def window_statistics(
         learning: Whether a backward pass may follow.
     """
     norm: CBN = _modules[layer]  # type: ignore[assignment]
-    call = None if conv_input is None else ConvCall.of(_modules[conv], conv_input)  # type: ignore[arg-type]
-    mean, var, share, norm_call = norm._window_statistics(x, call, running_mean, running_var, num_batches_tracked)
-    norm._compiled_call = norm_call if learning else None
+    feeding: Any = None if conv_input is None else (_modules[conv], conv_input)
+    mean, var, share, call = norm._window_statistics(x, feeding, running_mean, running_var, num_batches_tracked)
+    norm._compiled_call = call if learning else None
     return mean, var, share
 
 

@@ -5,7 +5,7 @@ from math import ceil
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Statistics = TypeVar('Statistics', bound=NamedTuple)
 
@@ -24,7 +24,7 @@ class Window(Generic[Statistics]):
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self._weight: Tensor | None = None
+        self._conv: nn.Module | None = None
         self.clear()
 
     def clear(self) -> None:
@@ -33,11 +33,11 @@ class Window(Generic[Statistics]):
         self._next = 0
         self._length = 0
 
-    def belong_to(self, weight: Tensor | None) -> None:
-        """What is pushed from now on are statistics under ``weight``: those under another one are forgotten."""
-        if self._weight is not weight and self._weight is not None:
+    def belong_to(self, conv: nn.Module | None) -> None:
+        """What is pushed from now on are statistics behind ``conv``: those behind another one are forgotten."""
+        if self._conv is not conv and self._conv is not None:
             self.clear()
-        self._weight = weight
+        self._conv = conv
 
     def __len__(self) -> int:
         """How many iterations are there."""

@@ -520,21 +520,6 @@ def test_running_statistics_leave_out_the_bad_channels_alone():
     assert copy.deepcopy(norm).bad_batches == 0
 
 
-def test_the_statistics_are_float32_under_autocast():
-    model = conv_and_norm(window_size=3, dtype=torch.float32)
-    single = copy.deepcopy(model)
-    for x in batches(4, dtype=torch.float32):
-        with torch.autocast('cpu', torch.bfloat16):
-            y = model(x)
-        loss_of(y.float()).backward()
-        assert y.dtype == torch.bfloat16
-        assert {t.dtype for t in model[1]._window.stacked()} == {torch.float32}
-        torch.testing.assert_close(y.float(), single(x), rtol=0.05, atol=0.05)
-        for net in (model, single):
-            with torch.no_grad():
-                net[0].weight.mul_(1.01)
-
-
 def test_moving_to_another_precision_starts_the_window_afresh():
     model = conv_and_norm(window_size=3)
     for x in batches(3):

@@ -48,26 +48,31 @@ def test_a_few_iterations_have_finite_losses(build_runner, detector, data):
     assert unchanged == []
 
 
+def retinanet(build_runner, norm_cfg, iterations, config='retinanet/retinanet_r50_fpn_1x_coco.py', **options):
+    """A small detector of one stage, all of it with the norm; burn-in is an iteration long."""
+    model = get_config(f'mmdet::{config}').model
+    model.backbone.update(depth=18, init_cfg=None, norm_cfg=norm_cfg, norm_eval=False, frozen_stages=-1)
+    model.neck.update(in_channels=[64, 128, 256, 512], out_channels=16, norm_cfg=norm_cfg)
+    model.bbox_head.update(num_classes=len(CLASSES), in_channels=16, feat_channels=16, norm_cfg=norm_cfg)
+    return build_runner(
+        'small/r18_shapes.py',
+        evaluate=False,
+        model=dict(model.to_dict(), _delete_=True),
+        train_cfg=dict(_delete_=True, type='IterBasedTrainLoop', max_iters=iterations, val_interval=99),
+        custom_hooks=[dict(type='CBNBurnInHook', burn_in_iters=1)],
+        log_processor=dict(by_epoch=False),
+        **options,
+    )
+
+
 @pytest.mark.parametrize(
     'config', ['retinanet/retinanet_r50_fpn_1x_coco.py', 'fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py']
 )
 def test_a_head_shared_by_the_levels_of_the_fpn_has_a_window_for_each(build_runner, config):
-    model = get_config(f'mmdet::{config}').model
-    model.backbone.update(depth=18, init_cfg=None)
-    model.neck.update(in_channels=[64, 128, 256, 512], out_channels=16)
-    norm_cfg = dict(type='CBN', window_size=3)
-    model.bbox_head.update(num_classes=len(CLASSES), in_channels=16, feat_channels=16, norm_cfg=norm_cfg)
-    runner = build_runner(
-        'small/r18_shapes.py',
-        evaluate=False,
-        model=dict(model.to_dict(), _delete_=True),
-        train_cfg=dict(_delete_=True, type='IterBasedTrainLoop', max_iters=4, val_interval=99),
-        custom_hooks=[dict(type='CBNBurnInHook', burn_in_iters=1)],
-        log_processor=dict(by_epoch=False),
-    )
+    runner = retinanet(build_runner, dict(type='CBN', window_size=3), 4, config)
     runner.train()
     assert runner.message_hub.get_scalar('train/cbn_window').data[0].tolist() == [1, 1, 2, 3]
-    layers = [m for m in runner.model.modules() if isinstance(m, CBN)]
+    layers = [m for m in runner.model.bbox_head.modules() if isinstance(m, CBN)]
     assert len(layers) == 8
     for layer in layers:
         assert [len(window) for window in layer._windows] == [2] * 5
