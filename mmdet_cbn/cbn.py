@@ -288,7 +288,14 @@ class CBN(nn.BatchNorm2d):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has no graph, and begins to count.
-        return {**self.__dict__, '_last_call': None, '_compiled_call': None, '_first_runs': [], '_bad_batches': None, '_diagnosed': None}
+        return {
+            **self.__dict__,
+            '_last_call': None,
+            '_compiled_call': None,
+            '_first_runs': [],
+            '_bad_batches': None,
+            '_diagnosed': None,
+        }
 
     def _apply(self, fn: Any, recurse: bool = True) -> 'CBN':
         super()._apply(fn, recurse)

@@ -32,7 +32,9 @@ def run_tool(name: str) -> None:
         FileNotFoundError: As :func:`find_tool`; and whatever the tool raises.
     """
     # mmengine's launcher chooses a GPU for each process, also where there is none to choose and gloo is the backend.
-    ignored: AbstractContextManager[Any] = nullcontext() if torch.cuda.is_available() else mock.patch.object(torch.cuda, 'set_device')
+    ignored: AbstractContextManager[Any] = (
+        nullcontext() if torch.cuda.is_available() else mock.patch.object(torch.cuda, 'set_device')
+    )
     with ignored:
         runpy.run_path(str(find_tool(name)), run_name='__main__')
     if distributed.is_initialized():

@@ -5,6 +5,7 @@ import gc
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_cbn import batches, conv_and_norm, loss_of
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -159,3 +160,53 @@ def test_a_checkpointed_call_that_cannot_be_told_from_another_is_an_error(use_re
     xs = [torch.randn(2, 4, size, size, dtype=torch.float64, requires_grad=True) for size in sizes]
     with pytest.raises(RuntimeError, match='runs again in a checkpointed block'):
         sum(loss_of(checkpoint(head, x, use_reentrant=use_reentrant)) for x in xs).backward()
+
+
+@KINDS
+def test_an_iteration_without_the_layer_leaves_its_window_as_it_is(kind):
+    model, other = conv_and_norm(window_size=3, **kind), conv_and_norm(window_size=3, **kind)
+    for number, x in enumerate(batches(8)):
+        if number % 3 < 2:  # a branch of the model that is taken now and then; its weights decay meanwhile
+            torch.testing.assert_close(model(x), other(x))
+            assert model[1].window_length == min(number - number // 3 + 1, 3)
+        model[1].begin_iteration()
+        with torch.no_grad():
+            for net in (model, other):
+                net[0].weight.mul_(0.99)
+
+
+@KINDS
+def test_behind_a_frozen_convolution_the_window_averages_what_it_saw(kind):
+    conv, norm = conv_and_norm(window_size=3, **kind).requires_grad_(False)
+    norm.requires_grad_(True)
+    seen = []
+    for x in batches(5):
+        y = norm(conv(x))
+        seen = [*seen, conv(x)][-3:]
+        mean, var = torch.cat(seen).mean(dim=(0, 2, 3)), torch.cat(seen).var(dim=(0, 2, 3), correction=0)
+        expected = F.batch_norm(seen[-1], mean, var, norm.weight, norm.bias, eps=norm.eps)
+        torch.testing.assert_close(y, expected)
+        step([norm.weight, norm.bias], [loss_of(y)])
+    assert len(norm._windows) == 1
+
+
+def test_a_convolution_used_twice_compensates_each_norm_for_its_own_input():
+    conv, first = conv_and_norm(window_size=3)
+    second = copy.deepcopy(first)
+    twins = [conv_and_norm(window_size=3) for _ in range(2)]
+    for x, other in zip(batches(5, seed=1), batches(5, seed=2), strict=True):
+        torch.testing.assert_close(first(conv(x)), twins[0](x))
+        torch.testing.assert_close(second(conv(other)), twins[1](other))
+        with torch.no_grad():
+            for changed in (conv, twins[0][0], twins[1][0]):
+                changed.weight.mul_(1.02)
+
+
+@KINDS
+@pytest.mark.parametrize('shape', [(2, 4, 1, 1), (1, 4, 1, 2), (1, 4, 9, 7)], ids=str)
+def test_the_smallest_batches_and_maps_pass(kind, shape):
+    model = conv_and_norm(window_size=3, conv=dict(kernel_size=1), **kind)
+    for number, x in enumerate(batches(4, shape=shape)):
+        y = model(x)
+        assert torch.isfinite(y).all() and model[1].window_length == min(number + 1, 3)
+        step(list(model.parameters()), [loss_of(y)])

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import io
 import pickle
 import weakref
 from itertools import pairwise
@@ -83,6 +84,45 @@ def test_output_and_gradients_are_the_oracles_over_sgd_steps(name, order):
         if conv.bias is not None:
             torch.testing.assert_close(conv.bias.grad, torch.zeros_like(conv.bias), rtol=0, atol=1e-10)
         optimizer.step()
+
+
+def replaced_data(parameters):
+    """An optimizer that computes new tensors: the parameters get them as their data."""
+    for parameter in parameters:
+        parameter.data = parameter.data - 0.01 * parameter.grad
+
+
+def replaced_parameters(model):
+    """One that makes new parameters."""
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                setattr(module, name, nn.Parameter(parameter.detach() - 0.01 * parameter.grad))
+
+
+OPTIMIZERS = {
+    'in place': lambda model: torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=0.1).step,
+    'AdamW': lambda model: torch.optim.AdamW(model.parameters(), lr=0.003, weight_decay=0.1).step,
+    'foreach': lambda model: torch.optim.RMSprop(model.parameters(), lr=0.001, foreach=True).step,
+    'new data': lambda model: lambda: replaced_data(model.parameters()),
+    'new parameters': lambda model: lambda: replaced_parameters(model),
+}
+
+
+@pytest.mark.parametrize('optimizer', OPTIMIZERS)
+def test_any_way_to_change_the_weights_agrees_with_the_oracle(optimizer):
+    model = conv_and_norm(window_size=3, conv=CONVOLUTIONS['1x1'])
+    oracle = OracleCBN(3)
+    step = OPTIMIZERS[optimizer](model)
+    for number, x in enumerate(batches(6)):
+        y = model(x)
+        conv, norm = model
+        torch.testing.assert_close(y, oracle(x, conv.weight, norm.weight, norm.bias))
+        assert norm.window_length == min(number + 1, 3)
+        model.zero_grad()
+        loss_of(y).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        step()
 
 
 def test_float32_is_close_to_the_oracle():
@@ -440,8 +480,15 @@ def test_unlike_convolutions_in_turn_do_not_mix_their_windows(samples):
     assert lengths == [1, 1, 1, 2, 3, 1, 2, 3]
 
 
+def saved_and_loaded(model):
+    with io.BytesIO() as file:
+        torch.save(model, file)
+        file.seek(0)
+        return torch.load(file, weights_only=False)
+
+
 @pytest.mark.parametrize('samples', [None, 8])
-@pytest.mark.parametrize('clone', [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+@pytest.mark.parametrize('clone', [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), saved_and_loaded])
 def test_a_copy_has_a_window_and_convolution_of_its_own(clone, samples):
     model = conv_and_norm(window_size=3, samples=samples)
     for x in batches(3):
@@ -520,13 +567,24 @@ def test_running_statistics_leave_out_the_bad_channels_alone():
     assert copy.deepcopy(norm).bad_batches == 0
 
 
-def test_moving_to_another_precision_starts_the_window_afresh():
+def by_half(model):
+    return model.half().float()
+
+
+def by_the_meta_device(model):
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.to('meta').to_empty(device='cpu').load_state_dict(weights)
+    return model
+
+
+@pytest.mark.parametrize('move', [lambda model: model.float(), by_half, by_the_meta_device])
+def test_moving_to_another_precision_or_device_starts_the_window_afresh(move):
     model = conv_and_norm(window_size=3)
     for x in batches(3):
         model(x)
-    model.float()
+    model = move(model)
     lengths = []
-    for x in batches(3, dtype=torch.float32):
+    for x in batches(3, dtype=model[0].weight.dtype):
         model(x)
         lengths.append(model[1].window_length)
     assert lengths == [1, 2, 3]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.logging import HistoryBuffer, MessageHub
-from mmengine.runner import CheckpointLoader, load_checkpoint
+from mmengine.runner import CheckpointLoader, load_checkpoint, runner
 from torch import nn
 
 
@@ -131,3 +131,22 @@ def test_a_truncated_checkpoint_is_an_error_that_names_the_file(tmp_path, checkp
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(RuntimeError, match=r'half\.pth could not be loaded: .+'):
         CheckpointLoader.load_checkpoint(str(path), 'cpu')
+
+
+@pytest.mark.parametrize('pointer', ['', '/gone/epoch_11.pth', '/moved/from/epoch_9.pth'])
+def test_training_goes_on_from_the_newest_checkpoint_where_its_name_was_lost(tmp_path, pointer):
+    (tmp_path / 'last_checkpoint').write_text(pointer)
+    assert runner.find_latest_checkpoint(str(tmp_path)) is None
+    for name in ('epoch_9.pth', 'epoch_10.pth', 'best_coco_bbox_mAP_epoch_11.pth'):
+        (tmp_path / name).touch()
+    expected = 'epoch_9.pth' if 'epoch_9' in pointer else 'epoch_10.pth'
+    assert runner.find_latest_checkpoint(str(tmp_path)) == str(tmp_path / expected)
+
+
+def test_a_checkpoint_in_another_folder_is_found_by_its_name(tmp_path):
+    elsewhere = tmp_path / 'elsewhere' / 'epoch_2.pth'
+    elsewhere.parent.mkdir()
+    elsewhere.touch()
+    (tmp_path / 'epoch_1.pth').touch()
+    (tmp_path / 'last_checkpoint').write_text(str(elsewhere))
+    assert runner.find_latest_checkpoint(str(tmp_path)) == str(elsewhere)

@@ -14,6 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from mmengine.logging import MMLogger
+
 from mmdet_cbn.experiments.paper import TABLES, Table
 from mmdet_cbn.experiments.reproduction import Setting, describe, run, trials_of
 
@@ -68,6 +70,8 @@ def environment() -> dict[str, str]:
 
 def main() -> None:
     args, tables = parse_args()
+    # It tells on stdout of each environment variable that a config reads, between the commands of a dry run.
+    MMLogger.get_current_instance().setLevel('WARNING')
     work_dir = args.work_dir or Path('work_dirs') / ('small' if args.small else 'paper')
     root = Path(os.path.relpath(ROOT)) if Path.cwd().is_relative_to(ROOT) else ROOT
     setting = Setting(root, work_dir, args.gpus, args.small, tuple(args.cfg_options))

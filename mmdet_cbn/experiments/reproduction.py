@@ -15,6 +15,7 @@ from typing import Any
 
 from mmengine.config import Config
 
+from ..checkpoint import find_latest_checkpoint
 from .paper import Row
 
 SETTINGS = 'settings.json'  # in the folder of a trial
@@ -109,14 +110,11 @@ class Trial:
         pointer = self.work_dir / 'last_checkpoint'
         if not pointer.is_file():
             return
-        named = self.work_dir / Path(pointer.read_text().strip()).name
-        if not named.is_file():
-            # It is written after the checkpoint, so the newest one is whole.
-            saved = sorted(self.work_dir.glob('epoch_*.pth'), key=lambda file: int(file.stem.split('_')[1]))
-            if not saved:
-                return pointer.unlink()
-            named = saved[-1]
-        pointer.write_text(str(named))
+        latest = find_latest_checkpoint(str(self.work_dir))
+        if latest is None:
+            pointer.unlink()
+        else:
+            pointer.write_text(latest)
 
     def is_trained(self) -> bool:
         # mmengine names a checkpoint there only when it has been written whole.
