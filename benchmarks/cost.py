@@ -163,7 +163,8 @@ def window_rows(scope: str) -> list[Row]:
     for kind, most in (('exact', 1.1), ('sampled', 0.3)):
         detector = detector_of(scope, kind)
         detector.fill_window()
-        held = [(cbn._window.nbytes / 3, conv.weight.nbytes) for cbn, conv, _ in feeding_convolutions(detector)]
+        layers = feeding_convolutions(detector)
+        held = [(cbn._windows.current.nbytes / 3, conv.weight.nbytes) for cbn, conv, _ in layers]
         windows, weights = map(sum, zip(*held, strict=True))
         worst = f'{max(window / weight for window, weight in held):.3f} in the worst layer'
         rows.append(at_most(f'{scope}, {kind}: window an old iteration / weights', most, windows / weights, worst))

@@ -2,7 +2,6 @@
 
 import random
 import sys
-import weakref
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -13,9 +12,10 @@ from torch import Tensor, nn
 
 from . import compiled
 from .arguments import check_int, check_names, check_real
+from .calls import Call, CallWindows, FirstRun
 from .conversion import active_norms, become, under
 from .convolution import ConvCall, ConvFinder, unsupported_because
-from .normalization import Call, WindowNorm, runs_again
+from .normalization import WindowNorm, runs_again
 from .statistics import (
     CompensatedStatistics,
     NaiveStatistics,
@@ -27,7 +27,6 @@ from .statistics import (
     statistics_gradients,
     window_statistics,
 )
-from .window import Window
 
 Model = TypeVar('Model', bound=nn.Module)
 
@@ -38,14 +37,6 @@ class Diagnosis(NamedTuple):
     window_length: int  #: Over how many iterations the last training forward averaged.
     correction: float  #: Mean distance that compensation moved the old means, in sigma of the current batch.
     invalid: float  #: Share of the old variances, from 0 to 1, that the maximum of Eq. 10 kept from being negative.
-
-
-class _FirstRun(NamedTuple):
-    """A call of this iteration, for the second run of a checkpointed block."""
-
-    shape: torch.Size
-    conv: nn.Conv2d | None
-    past: tuple[Tensor, Tensor] | None  # mu' and var'
 
 
 _REMEDY = (
@@ -229,17 +220,11 @@ class CBN(nn.BatchNorm2d):
 
     def forget_window(self) -> None:
         """Empty the windows: they belong to other weights."""
-        # Of each call in an iteration its own; the first one's is always there.
-        self._window: Window = self._new_window()
-        self._windows = [self._window]
-        self._calls = 0  # in this iteration so far
-        self._last_call: weakref.ref[Call] | None = None
-        self._compiled_call: Call | None = None  # kept, for lack of a graph that does
-        self._first_runs: list[_FirstRun] = []  # of this iteration
+        self._windows = CallWindows(0 if self._window_size == 'auto' else self._window_size - 1)
 
     def window_state(self) -> dict[str, Any]:
         """The windows, and where the layer is in its random numbers: plain data and tensors."""
-        return dict(windows=[window.state() for window in self._windows], random=list(self._random.getstate()[1]))
+        return dict(windows=self._windows.state(), random=list(self._random.getstate()[1]))
 
     def load_window_state(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`window_state` returned.
@@ -248,15 +233,13 @@ class CBN(nn.BatchNorm2d):
             ValueError, TypeError, KeyError: It is something else, or that of a layer with another window size.
         """
         self.forget_window()
-        windows = [self._new_window() for _ in state['windows']]
-        for window, of_window in zip(windows, state['windows'], strict=True):
-            window.load(of_window, (CompensatedStatistics, SampledStatistics, NaiveStatistics))
+        self._windows.load(state['windows'], [CompensatedStatistics, SampledStatistics, NaiveStatistics])
+        for window in self._windows:
             past = window.stacked()
             if past is not None and past.mean.size(1) != self.num_features:
                 raise ValueError(f'it is of a layer with other than {self.num_features} features')
         version, _, gauss = self._random.getstate()
         self._random.setstate((version, tuple(state['random']), gauss))
-        self._window, self._windows = windows[0], windows
 
     def begin_iteration(self) -> None:
         """What the layer is called with from now on belongs to another iteration than before.
@@ -264,38 +247,10 @@ class CBN(nn.BatchNorm2d):
         :class:`CBNBurnInHook` says so. Without it the layer finds that out: since its last call, the backward pass has
         gone through that, the weights have changed, or its graph is gone.
         """
-        if self._calls > 0:
-            del self._windows[self._calls :]  # of calls that the last iteration did not have
-            self._calls = 0
-            self._first_runs = []
-
-    def _begin_call(self, conv: nn.Conv2d | None) -> Call:
-        """Take up the window of this call of the iteration."""
-        last = self._last_call() if self._last_call is not None else None
-        if last is None or last.is_over:
-            self.begin_iteration()
-        if self._calls == len(self._windows):
-            self._windows.append(self._new_window())
-        self._window = self._windows[self._calls]
-        self._window.belong_to(conv)
-        self._calls += 1
-        call = Call(None if conv is None else conv.weight)
-        self._last_call = weakref.ref(call)
-        return call
-
-    def _new_window(self) -> Window:
-        return Window(0 if self._window_size == 'auto' else self._window_size - 1)
+        self._windows.begin_iteration()
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy has no graph, and begins to count.
-        return {
-            **self.__dict__,
-            '_last_call': None,
-            '_compiled_call': None,
-            '_first_runs': [],
-            '_bad_batches': None,
-            '_diagnosed': None,
-        }
+        return {**self.__dict__, '_bad_batches': None, '_diagnosed': None}  # a copy begins to count
 
     def _apply(self, fn: Any, recurse: bool = True) -> 'CBN':
         super()._apply(fn, recurse)
@@ -333,7 +288,7 @@ class CBN(nn.BatchNorm2d):
         output = super().forward(input)
         if output.grad_fn is not None and not torch.compiler.is_compiling():
             # A call like the others, lest those after it take up each other's windows; and alive for as long.
-            output.grad_fn.register_prehook(self._begin_call(conv).go_back)
+            output.grad_fn.register_prehook(self._windows.begin_call(conv).go_back)
         return output
 
     def _feeding_call(self, input: Tensor) -> tuple[nn.Conv2d, Tensor] | None:
@@ -386,7 +341,7 @@ class CBN(nn.BatchNorm2d):
         module = None if feeding is None else feeding[0]
         conv = None if feeding is None else ConvCall.of(*feeding)
         conv_bias = None if conv is None else conv.bias
-        call = Call(None) if second_run else self._begin_call(module)
+        call = Call(None) if second_run else self._windows.begin_call(module)
         device = input.device.type
         # Made only where there is one to be kept out: it takes as long as some of the statistics.
         autocast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
@@ -397,7 +352,7 @@ class CBN(nn.BatchNorm2d):
                 past = self._past_of_first_run(input.shape, module)
             else:
                 past = self._past_statistics(conv)
-                self._first_runs.append(_FirstRun(input.shape, module, past))
+                self._windows.first_runs.append(FirstRun(input.shape, module, past))
                 if self.diagnose and past is not None:
                     self._note_diagnosis(past, var)
             if past is None:
@@ -405,23 +360,26 @@ class CBN(nn.BatchNorm2d):
             else:
                 window_mean, window_var, share = window_statistics(mean, var, *past)
             if not second_run:
-                self.window_length = 1 if past is None else 1 + len(self._window)
-                if conv is None:
-                    self._window.push(NaiveStatistics(mean, var))
-                elif self.samples is None:
-                    self._window.push(CompensatedStatistics(mean, var, *statistics_gradients(input, batch_mean, conv)))
-                else:
-                    start = self._random.random()
-                    self._window.push(sampled_statistics(input, mean, var, conv, self.samples, start))
+                self.window_length = 1 if past is None else 1 + len(self._windows.current)
+                self._windows.current.push(self._statistics_to_keep(input, batch_mean, mean, var, conv))
                 self._update_running_statistics(batch_mean, var * (positions / (positions - 1)), *running)
 
             if conv_bias is not None:
                 window_mean = window_mean + conv_bias
         return window_mean, window_var, share, call
 
+    def _statistics_to_keep(
+        self, input: Tensor, batch_mean: Tensor, mean: Tensor, var: Tensor, conv: ConvCall | None
+    ) -> NaiveStatistics | CompensatedStatistics | SampledStatistics:
+        if conv is None:
+            return NaiveStatistics(mean, var)
+        if self.samples is None:
+            return CompensatedStatistics(mean, var, *statistics_gradients(input, batch_mean, conv))
+        return sampled_statistics(input, mean, var, conv, self.samples, start=self._random.random())
+
     def _past_statistics(self, conv: ConvCall | None) -> tuple[Tensor, Tensor] | None:
         """mu' and var' of the earlier iterations, [n, C] each; None if there are none."""
-        past = self._window.stacked()
+        past = self._windows.current.stacked()
         if past is None:
             return None
         if conv is None:
@@ -435,7 +393,7 @@ class CBN(nn.BatchNorm2d):
         return compensate(past, conv.weight, conv.groups) if fits else None
 
     def _note_diagnosis(self, past: tuple[Tensor, Tensor], var: Tensor) -> None:
-        old = self._window.stacked()
+        old = self._windows.current.stacked()
         correction = (past[0] - old.mean).abs() / (var + self.eps).sqrt()  # type: ignore[union-attr]
         invalid = (past[1] == 0) & (old.var > 0)  # type: ignore[union-attr]
         # What is inf or NaN was left out of the window, so it corrected nothing.
@@ -444,14 +402,13 @@ class CBN(nn.BatchNorm2d):
 
     def _past_of_first_run(self, shape: torch.Size, conv: nn.Conv2d | None) -> tuple[Tensor, Tensor] | None:
         """mu' and var' of the call that a checkpointed block runs again, which has pushed since."""
-        found = [run.past for run in self._first_runs if run.shape == shape and run.conv is conv]
-        if len(found) != 1:
+        try:
+            return self._windows.first_run(shape, conv).past
+        except LookupError as error:
             raise RuntimeError(
-                f'{self._title()} runs again in a checkpointed block, and {len(found)} of its {len(self._first_runs)} '
-                f'calls in this iteration had inputs of {list(shape)} from that convolution. Of one of them it could '
-                'be known which. Use use_reentrant=False, or checkpoint no block that shares the layer.'
-            )
-        return found[0]
+                f'{self._title()} runs again in a checkpointed block, and it cannot be known which call that is: '
+                f'{error}. Use use_reentrant=False, or checkpoint no block that shares the layer.'
+            ) from None
 
     def _update_running_statistics(
         self,

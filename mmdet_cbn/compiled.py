@@ -65,7 +65,7 @@ def window_statistics(
     norm: CBN = _modules[layer]  # type: ignore[assignment]
     feeding: Any = None if conv_input is None else (_modules[conv], conv_input)
     mean, var, share, call = norm._window_statistics(x, feeding, running_mean, running_var, num_batches_tracked)
-    norm._compiled_call = call if learning else None
+    norm._windows.compiled_call = call if learning else None
     return mean, var, share
 
 
@@ -79,8 +79,8 @@ def _(x: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
 def go_back(share: Tensor, dy: Tensor, layer: int) -> Tensor:
     """Tell a layer that the backward pass has come to it, with ``dy``. ``share`` comes out as it went in."""
     norm: CBN = _modules[layer]  # type: ignore[assignment]
-    if norm._compiled_call is not None:
-        norm._compiled_call.go_back()
+    if norm._windows.compiled_call is not None:
+        norm._windows.compiled_call.go_back()
     return share.clone()
 
 

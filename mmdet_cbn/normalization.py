@@ -8,30 +8,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import compiled
+from .calls import Call
 
 _backward = torch.ops.aten.native_batch_norm_backward
-
-
-class Call:
-    """One call of a layer in training, alive as long as its part of the autograd graph is.
-
-    Args:
-        weight: Of the convolution that feeds the layer, if it is known.
-    """
-
-    def __init__(self, weight: Tensor | None) -> None:
-        self.has_gone_back = False
-        self._weight = weight
-        self._version = None if weight is None else weight._version
-
-    def go_back(self, *_: Any) -> None:
-        """The backward pass has come to it: a hook of autograd's nodes, too."""
-        self.has_gone_back = True
-
-    @property
-    def is_over(self) -> bool:
-        """Whether the backward pass has gone through it, or the weight has been changed in place since."""
-        return self.has_gone_back or (self._weight is not None and self._weight._version != self._version)
 
 
 class WindowNorm(torch.autograd.Function):

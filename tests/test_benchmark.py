@@ -123,7 +123,7 @@ def test_cbn_has_the_flops_of_bn_and_in_training_one_more_weight_gradient(result
 def test_memory_holds_weights_gradients_optimizer_and_window(results):
     detector = detector_of(mask_rcnn())
     detector.fill_window()
-    window = sum(layer._window.nbytes for layer in detector.model.modules() if isinstance(layer, CBN))
+    window = sum(layer._windows.current.nbytes for layer in detector.model.modules() if isinstance(layer, CBN))
     weights = sum(p.nbytes for p in detector.model.parameters())
     bn, cbn = results['rows']
     assert bn['memory_bytes'] > 3 * weights  # SGD has one number for each weight, its momentum

@@ -116,11 +116,11 @@ def test_no_graph_is_kept_alive():
     model = conv_and_norm(window_size=3)
     for x in batches(3):
         y = model(x)
-    graph = model[1]._last_call()
+    graph = model[1]._windows.last_call()
     assert graph is not None
     del graph, y
     gc.collect()
-    assert model[1]._last_call() is None
+    assert model[1]._windows.last_call() is None
 
 
 def test_a_call_without_any_position_is_a_call():

@@ -160,7 +160,7 @@ def test_invalid_old_statistics_are_replaced_as_in_eq_10():
     with torch.no_grad():
         model[0].weight.mul_(-1.5)
     y = model(second)
-    assert (model[1]._first_runs[0].past[1] == 0).all(), 'the step was meant to make the prediction invalid'
+    assert (model[1]._windows.first_runs[0].past[1] == 0).all(), 'the step was meant to make the prediction invalid'
     torch.testing.assert_close(y, oracle(second, model[0].weight, model[1].weight, model[1].bias))
 
 
@@ -183,7 +183,7 @@ def test_unchanged_weights_make_no_correction_to_the_last_bit(name):
     model = conv_and_norm(window_size=8, dtype=torch.float32, conv=CONVOLUTIONS[name])
     for x in batches(9, dtype=torch.float32):
         model(x)
-    past = model[1]._window.stacked()
+    past = model[1]._windows.current.stacked()
     mean, var = compensate(past, model[0].weight.detach(), model[0].groups)
     assert torch.equal(mean, past.mean) and torch.equal(var, past.var)
 
@@ -271,11 +271,11 @@ def test_evaluation_is_batchnorms_bit_for_bit_and_leaves_the_window_alone():
         model(x)
     reference = nn.BatchNorm2d(4).double().eval()
     reference.load_state_dict(model[1].state_dict())
-    before = [t.clone() for t in model[1]._window.stacked()]
+    before = [t.clone() for t in model[1]._windows.current.stacked()]
     model.eval()
     with torch.no_grad():
         assert torch.equal(model(x), reference(model[0](x)))
-    assert all(torch.equal(a, b) for a, b in zip(before, model[1]._window.stacked(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, model[1]._windows.current.stacked(), strict=True))
     assert CBN.forward is not nn.BatchNorm2d.forward and model[1].window_length == 3
     model.train()
     model(x)
@@ -400,7 +400,7 @@ def test_every_layer_finds_its_convolution_and_predicts_its_change(name):
         mean = next(mean for c, _, mean in norm_calls(model, inputs) if c is conv)
         assert norm.window_length == 2
         bias = 0 if conv.bias is None else conv.bias
-        torch.testing.assert_close(norm._first_runs[0].past[0][0], mean - bias)
+        torch.testing.assert_close(norm._windows.first_runs[0].past[0][0], mean - bias)
 
 
 def test_no_convolution_is_a_clear_error_naming_layer_and_remedy():
@@ -529,7 +529,7 @@ def test_empty_input_passes_as_in_batchnorm_and_leaves_the_window_alone():
     empty = torch.zeros(0, 4, 7, 7, dtype=torch.float64, requires_grad=True)
     y = model(empty)
     y.sum().backward()
-    assert y.shape == empty.shape and len(model[1]._window) == 2
+    assert y.shape == empty.shape and len(model[1]._windows.current) == 2
     assert all(torch.isfinite(buffer).all() for buffer in model[1].buffers())
     model(x)
     assert model[1].window_length == 3
@@ -657,7 +657,7 @@ def test_memory_held_is_about_one_weight_an_earlier_iteration():
     sizes = []
     for x in batches(5, shape=(2, 64, 6, 6), dtype=torch.float32):
         wide(x)
-        sizes.append(wide[1]._window.nbytes)
+        sizes.append(wide[1]._windows.current.nbytes)
     assert all(a == b for a, b in pairwise(sizes)), 'the ring is allocated once'
     assert sizes[-1] < 1.1 * 3 * wide[0].weight.nbytes
-    assert model[1]._window.nbytes == 0
+    assert model[1]._windows.current.nbytes == 0

@@ -1,6 +1,7 @@
 """Under torch.compile a layer trains as without it, in one graph with the rest of the model."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from mmdet_cbn import CBN
+from mmdet_cbn.convolution import _watch
 
 KINDS = pytest.mark.parametrize('kind', [dict(), dict(order=0), dict(samples=20)], ids=str)
 BACKENDS = pytest.mark.parametrize('backend', ['aot_eager', 'inductor'])
@@ -18,6 +20,9 @@ BACKENDS = pytest.mark.parametrize('backend', ['aot_eager', 'inductor'])
 @pytest.fixture(autouse=True)
 def _forget_graphs():
     torch._dynamo.reset()
+    # A graph is of a model with a certain number of hooks: those that models of other tests have left go now.
+    gc.collect()
+    _watch._end_if_idle()
 
 
 class Head(nn.Module):

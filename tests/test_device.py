@@ -58,7 +58,7 @@ def test_training_never_waits_for_the_device(order, samples, momentum, bias, dty
             assert y.dtype == gradients[0].dtype == dtype
             assert [None if g is None else g.shape for g in gradients] == [y.shape, *[(4,)] * 3, *[None] * 5]
             assert norm.window_length == min(step + 1, 3)
-            for tensor in (y, *gradients[:4], *norm._window.stacked(), *norm.buffers()):
+            for tensor in (y, *gradients[:4], *norm._windows.current.stacked(), *norm.buffers()):
                 assert tensor.device.type == 'cuda'
 
 

@@ -60,10 +60,10 @@ class NoteCorrections(Net):
         self.moved = []
 
     def forward(self, inputs, mode='tensor'):
-        window = self.norm._window.stacked()
+        window = self.norm._windows.current.stacked()
         old = None if window is None else (window.mean.clone(), window.var.clone())
         outputs = super().forward(inputs, mode)
-        past = self.norm._first_runs[0].past if self.norm._first_runs else None
+        past = self.norm._windows.first_runs[0].past if self.norm._windows.first_runs else None
         if past is not None:
             self.moved.append(max((a - b).abs().max().item() for a, b in zip(past, old, strict=True)))
         return outputs
@@ -123,7 +123,7 @@ def test_evaluation_and_averaging_of_weights_in_the_midst_of_training_leave_no_t
         runner.train()
         scalars = runner.message_hub.log_scalars
         found[name] = [list(scalars['train/loss'].data[0]), list(scalars['train/cbn_window'].data[0]),
-                       model.norm._window.stacked(), list(model.state_dict().values())]  # fmt: skip
+                       model.norm._windows.current.stacked(), list(model.state_dict().values())]  # fmt: skip
         assert ('val/mean' in scalars) == bool(arguments)
         for averaging in (hook for hook in runner.hooks if type(hook).__name__ == 'EMAHook'):
             assert averaging.ema_model.module.norm.window_length == 0, 'it has not trained'

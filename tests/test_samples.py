@@ -134,7 +134,7 @@ def test_bytes_held_by_the_window(samples):
     conv, norm = nn.Conv2d(256, 256, 3, padding=1, bias=False), CBN(256, window_size=4, samples=samples)
     for _ in range(5):
         norm(conv(torch.randn(2, 256, 7, 7)))
-    in_weights = norm._window.nbytes / conv.weight.nbytes / 3
+    in_weights = norm._windows.current.nbytes / conv.weight.nbytes / 3
     assert in_weights <= (1.1 if samples is None else 0.3), 'an old iteration; the authors hold three'
 
 
@@ -143,7 +143,7 @@ def test_in_mixed_precision_unchanged_weights_change_nothing():
     conv, norm = nn.Conv2d(8, 8, 3), CBN(8, window_size=3, samples=16)
     with torch.autocast('cpu', torch.bfloat16):
         norm(conv(torch.randn(2, 8, 9, 9)))
-        past = norm._window.stacked()
+        past = norm._windows.current.stacked()
     mean, var = compensate_samples(past, conv.weight.detach(), 1)
     assert past.mean.dtype == torch.float32
     torch.testing.assert_close(mean, past.mean, rtol=1e-5, atol=1e-6)
