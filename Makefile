@@ -1,10 +1,13 @@
-# The commands of the README. Everything runs in .venv, which `make env` builds.
+# The commands of the README. They run in .venv, which `make env` builds, except test-onedl.
 PYTHON ?= python3.11
 
-.PHONY: env quickstart test lint clean
+.PHONY: env env-onedl quickstart test test-onedl lint clean
 
 env:
 	@PYTHON=$(PYTHON) tools/setup_env.sh
+
+env-onedl:
+	@PYTHON=$(PYTHON) tools/setup_env.sh onedl
 
 quickstart: env
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" tools/quickstart.sh
@@ -12,10 +15,14 @@ quickstart: env
 test: env
 	.venv/bin/python -m pytest tests
 
+# The same suite with the maintained forks of mmcv, mmengine and mmdet.
+test-onedl: env-onedl
+	.venv-onedl/bin/python -m pytest tests
+
 lint: env
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
 clean:
-	rm -rf .venv build mmdet_cbn.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-onedl build mmdet_cbn.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
-# Builds .venv with everything that training, testing and developing need, at the versions of requirements.txt.
+# Builds .venv with everything that training, testing and developing need, at the versions of requirements.txt and
+# requirements-openmmlab.txt; called with the argument onedl, .venv-onedl, which has the maintained forks of
+# requirements-onedl.txt instead of OpenMMLab's own packages.
 # Idempotent: a finished environment is recognised at once, a broken-off one is continued.
 #
 #   PYTHON           the interpreter to build it with (default python3.11)
@@ -9,70 +11,77 @@ set -eu
 cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3.11}
-LOG=.venv/mmcv-build.log
-STAMP=.venv/finished
-inputs=$(cat requirements.txt setup.py tools/setup_env.sh | sha256sum)
+STACK=${1:-openmmlab}
+case $STACK in
+    openmmlab) TARGET=env VENV=.venv MMCV=mmcv ;;
+    onedl) TARGET=env-onedl VENV=.venv-onedl MMCV=onedl-mmcv ;;
+    *) echo "usage: $0 [openmmlab|onedl]" >&2 && exit 2 ;;
+esac
+PINS=(requirements.txt "requirements-$STACK.txt")
+LOG=$VENV/mmcv-build.log
+STAMP=$VENV/finished
+inputs=$(cat "${PINS[@]}" setup.py tools/setup_env.sh | sha256sum)
 
 if [ "$(cat "$STAMP" 2>/dev/null)" = "$inputs" ]; then
     exit 0
 fi
 
 fail() {
-    echo "make env: $*" >&2
+    echo "make $TARGET: $*" >&2
     exit 1
 }
 
 pinned() { # the pins of the named packages
     for name in "$@"; do
-        grep -oE "^$name==[^ ]+" requirements.txt || fail "requirements.txt does not pin $name"
+        grep -ohE "^$name==[^ ]+" "${PINS[@]}" || fail "$name is not pinned in ${PINS[*]}"
     done
 }
 
-command -v "$PYTHON" >/dev/null || fail "no $PYTHON here; name an interpreter, as in: make env PYTHON=python3"
+command -v "$PYTHON" >/dev/null || fail "no $PYTHON here; name an interpreter, as in: make $TARGET PYTHON=python3"
 "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
     fail "$PYTHON is older than 3.11, the oldest Python that the pinned packages have"
 "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null ||
     fail "$PYTHON cannot make virtual environments; on Debian and Ubuntu: apt-get install $(basename "$PYTHON")-venv"
 
-if [ ! -x .venv/bin/pip ]; then
-    echo "make env: creating .venv"
-    "$PYTHON" -m venv --clear .venv
+if [ ! -x $VENV/bin/pip ]; then
+    echo "make $TARGET: creating $VENV"
+    "$PYTHON" -m venv --clear $VENV
 fi
-export PATH="$PWD/.venv/bin:$PATH" # where the build of mmcv finds ninja
-pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
+export PATH="$PWD/$VENV/bin:$PATH" # where the build of mmcv finds ninja
+pip() { $VENV/bin/python -m pip --disable-pip-version-check "$@"; }
 
-echo "make env: installing torch"
+echo "make $TARGET: installing torch"
 pip install --quiet $(pinned torch) ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"}
 pip install --quiet $(pinned setuptools wheel ninja psutil)
 
 # mmcv has no wheel for this torch, and without its operators no detector runs: build them here, against the torch
 # just installed (hence no build isolation).
-has_operators() { .venv/bin/python -c 'import mmcv.ops' 2>/dev/null; }
+has_operators() { $VENV/bin/python -c 'import mmcv.ops' 2>/dev/null; }
 build_mmcv() {
     : >"$LOG"
-    MMCV_WITH_OPS=1 pip install --verbose --no-build-isolation -c requirements.txt "$@" $(pinned mmcv) >"$LOG" 2>&1 &
+    MMCV_WITH_OPS=1 pip install --verbose --no-build-isolation "${PINS[@]/#/--constraint=}" "$@" $(pinned $MMCV) >"$LOG" 2>&1 &
     local build=$!
     tail --pid=$build -n +1 -f "$LOG" | grep --line-buffered -oE '^ *\[[0-9]+/[0-9]+\]' | while read -r step; do
-        printf '\rmake env: compiling mmcv %s ' "$step"
+        printf '\rmake %s: compiling %s %s ' "$TARGET" "$MMCV" "$step"
     done
     echo
-    wait $build || fail "mmcv did not build. Its log is $LOG, and it ends:
+    wait $build || fail "$MMCV did not build. Its log is $LOG, and it ends:
 $(tail -n 25 "$LOG")
 A C++ compiler and Python's headers are needed; on Debian and Ubuntu:
     apt-get install g++ $(basename "$PYTHON")-dev libgl1 libglib2.0-0"
 }
 if ! has_operators; then
-    echo "make env: installing mmcv (10 to 20 minutes on two cores where it has to be compiled; log: $LOG)"
+    echo "make $TARGET: installing $MMCV (10 to 20 minutes on two cores where it has to be compiled; log: $LOG)"
     build_mmcv
-    .venv/bin/python -c 'import cv2' || fail "OpenCV does not load; on Debian and Ubuntu: apt-get install libgl1 libglib2.0-0"
+    $VENV/bin/python -c 'import cv2' || fail "OpenCV does not load; on Debian and Ubuntu: apt-get install libgl1 libglib2.0-0"
     # pip may have kept a wheel that was once built without operators, or against another torch.
-    has_operators || build_mmcv --no-cache-dir --no-binary mmcv --force-reinstall --no-deps
+    has_operators || build_mmcv --no-cache-dir --no-binary $MMCV --force-reinstall --no-deps
 fi
 
-echo "make env: installing mmdet and the rest"
-pip install --quiet -r requirements.txt
+echo "make $TARGET: installing mmdet and the rest"
+pip install --quiet "${PINS[@]/#/--requirement=}"
 pip install --quiet --no-build-isolation --no-deps --editable .
 
-.venv/bin/python -c 'import mmcv.ops, mmdet_cbn' || fail "the finished environment does not load, see above"
+$VENV/bin/python -c 'import mmcv.ops, mmdet_cbn' || fail "the finished environment does not load, see above"
 echo "$inputs" >"$STAMP"
-echo "make env: .venv is ready"
+echo "make $TARGET: $VENV is ready"
