@@ -79,6 +79,11 @@ def shapes_root(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def build_runner(shapes_root, tmp_path, monkeypatch):
+    """Builds the Runner of a config under configs/; see :func:`runner_builder`."""
+    return runner_builder(shapes_root, tmp_path / 'work_dir', monkeypatch)
+
+
+def runner_builder(shapes_root, work_dir, monkeypatch):
     """Builds the Runner of a config under configs/, on the drawn images or on $COCO_ROOT as the config says, without
     worker processes or pretrained weights and with a log line for each iteration. ``row`` is that of a small twin,
     ``options`` are --cfg-options."""
@@ -96,7 +101,7 @@ def build_runner(shapes_root, tmp_path, monkeypatch):
                     config[f'{split}_{key}'] = None
         config.merge_from_dict(
             {
-                'work_dir': str(tmp_path / 'work_dir'),
+                'work_dir': str(work_dir),
                 'model.backbone.init_cfg': None,
                 'default_hooks.logger.interval': 1,
                 'randomness': dict(seed=0),

@@ -1,0 +1,247 @@
+"""A trained detector leaves for where it is used: mmdet's inference API, ONNX, a machine without this plugin."""
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from conftest import runner_builder
+from mmcv.cnn import fuse_conv_bn
+from mmdet.apis import DetInferencer, inference_detector, init_detector
+from mmdet.registry import MODELS
+from mmengine.dataset import pseudo_collate
+from mmengine.structures import InstanceData
+from torch import nn
+
+from mmdet_cbn import CBN
+
+EXPORTERS = pytest.mark.parametrize('dynamo', [True, False], ids=['dynamo', 'torchscript'])
+PARTS = ('backbone', 'neck', 'roi_head.bbox_head')
+
+WITHOUT_PLUGIN = """
+import sys
+sys.modules['mmdet_cbn'] = None  # to import it raises ModuleNotFoundError
+import torch
+from mmdet.apis import inference_detector, init_detector
+from mmengine.runner import load_checkpoint
+config, checkpoint, image, out = sys.argv[1:]
+detector = init_detector(config, checkpoint, device='cpu')
+load_checkpoint(detector, checkpoint, strict=True)
+torch.save(dict(inference_detector(detector, image).pred_instances.items()), out)
+"""
+
+
+@pytest.fixture(scope='module')
+def runner(shapes_root, tmp_path_factory):
+    """It has trained a detector with full windows, and left a checkpoint, one to publish and the config."""
+    scale = (128, 80)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        runner = runner_builder(shapes_root, tmp_path_factory.mktemp('trained'), monkeypatch)(
+            'small/r18_shapes.py',
+            **{
+                'train_dataloader.dataset.pipeline.2.scale': scale,
+                **{f'{split}_dataloader.dataset.pipeline.1.scale': scale for split in ('val', 'test')},
+                'train_cfg': dict(_delete_=True, type='IterBasedTrainLoop', max_iters=5, val_begin=99),
+                'custom_hooks': [dict(type='CBNBurnInHook', burn_in_iters=1)],
+                'default_hooks.checkpoint.by_epoch': False,
+                'default_hooks.checkpoint.published_keys': ['meta', 'state_dict'],
+                'log_processor': dict(by_epoch=False),
+            },
+        )
+        runner.train()
+    assert {layer.window_length for layer in cbn_layers(runner.model)} == {4}
+    return runner
+
+
+@pytest.fixture
+def detector(runner):
+    """As training has left it."""
+    return copy.deepcopy(runner.model).train()
+
+
+@pytest.fixture(scope='module')
+def config(runner):
+    """Path of the config that the Runner has written beside its checkpoints."""
+    return str(Path(runner.work_dir, 'r18_shapes.py'))
+
+
+@pytest.fixture(scope='module')
+def checkpoint(runner):
+    return str(Path(runner.work_dir, 'iter_5.pth'))
+
+
+@pytest.fixture(scope='module')
+def bn_config(runner):
+    config = runner.cfg.copy()
+    for key in ('custom_imports', 'custom_hooks'):
+        config.pop(key)
+    for part in PARTS:
+        config.merge_from_dict({f'model.{part}.norm_cfg': dict(type='BN', _delete_=True)})
+    return config
+
+
+@pytest.fixture(scope='module')
+def images(shapes_root):
+    return [str(path) for path in sorted((shapes_root / 'val2017').glob('*.png'))]
+
+
+def cbn_layers(model):
+    return [module for module in model.modules() if isinstance(module, CBN)]
+
+
+def detections(detector, batches):
+    with torch.no_grad():
+        return [sample.pred_instances for batch in batches for sample in detector.eval().test_step(batch)]
+
+
+def assert_same(actual, expected):
+    assert torch.equal(actual.labels, expected.labels)
+    assert torch.equal(actual.scores, expected.scores)
+    assert torch.equal(actual.bboxes, expected.bboxes)
+
+
+def assert_close(actual, expected):
+    """To what single precision leaves of scores from 0 to 1, and of pixels."""
+    assert torch.equal(actual.labels, expected.labels)
+    torch.testing.assert_close(actual.scores, expected.scores, rtol=0, atol=1e-6)
+    torch.testing.assert_close(actual.bboxes, expected.bboxes, rtol=0, atol=1e-3)
+
+
+def export(part, example, path, dynamo):
+    """A file that takes any batch size."""
+    batch = dict(dynamic_shapes=[{0: torch.export.Dim.DYNAMIC}]) if dynamo else dict(dynamic_axes=dict(x={0: 'batch'}))
+    torch.onnx.export(part, (example,), path, input_names=['x'], dynamo=dynamo, verbose=False, **batch)
+    onnx.checker.check_model(path, full_check=True)
+    return path
+
+
+def in_onnxruntime(path):
+    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+    return lambda x: tuple(map(torch.from_numpy, session.run(None, dict(x=x.numpy()))))
+
+
+def run_cbn_parts_in_onnxruntime(detector, tmp_path, dynamo):
+    """All of the detector that has CBN layers. Proposals, RoIAlign and NMS between and behind stay mmdet's own."""
+    trunk, head = nn.Sequential(detector.backbone, detector.neck).eval(), detector.roi_head.bbox_head.eval()
+    assert len(cbn_layers(detector)) == len(cbn_layers(trunk)) + len(cbn_layers(head))
+    files = [
+        export(trunk, torch.randn(2, 3, 96, 128), tmp_path / 'trunk.onnx', dynamo),
+        export(head, torch.randn(2, 64, 7, 7), tmp_path / 'head.onnx', dynamo),
+    ]
+    detector.extract_feat, head.forward = map(in_onnxruntime, files)
+
+
+@EXPORTERS
+def test_in_onnxruntime_it_detects_what_it_does_in_pytorch_at_any_batch_size(detector, runner, tmp_path, dynamo):
+    samples = [sample for batch in runner.val_dataloader for sample in zip(*batch.values(), strict=True)]
+    keys = ('inputs', 'data_samples')
+    batches = [
+        pseudo_collate([dict(zip(keys, sample, strict=True)) for sample in part])
+        for part in (samples[:1], samples[:3], samples)
+    ]
+    expected = detections(detector, copy.deepcopy(batches))
+    run_cbn_parts_in_onnxruntime(detector, tmp_path, dynamo)
+    for ours, theirs in zip(detections(detector, batches), expected, strict=True):
+        assert len(ours) > 0
+        assert_close(ours, theirs)
+
+
+@EXPORTERS
+def test_the_exported_graph_is_that_of_batchnorm(detector, bn_config, tmp_path, dynamo):
+    plain = MODELS.build(bn_config.model)
+    plain.load_state_dict(detector.state_dict())
+    graphs = []
+    for name, model in (('cbn', detector), ('bn', plain)):
+        head = model.eval().roi_head.bbox_head
+        graphs.append(onnx.load(export(head, torch.randn(2, 64, 7, 7), tmp_path / f'{name}.onnx', dynamo)))
+    ours, theirs = graphs
+    assert not ours.functions and {node.domain for node in ours.graph.node} == {''}
+    assert [(n.op_type, *n.attribute) for n in ours.graph.node] == [
+        (n.op_type, *n.attribute) for n in theirs.graph.node
+    ]
+    assert sorted(t.raw_data for t in ours.graph.initializer) == sorted(t.raw_data for t in theirs.graph.initializer)
+
+
+def assert_train_the_same(models, runner):
+    """One more iteration, with full windows."""
+    batch = next(iter(runner.train_dataloader))
+    losses = []
+    for model in models:
+        torch.manual_seed(0)  # the regions are sampled
+        inputs = model.train().data_preprocessor(copy.deepcopy(batch), training=True)
+        loss, values = model.parse_losses(model(**inputs, mode='loss'))
+        loss.backward()
+        losses.append(values)
+        assert {layer.window_length for layer in cbn_layers(model)} == {4}
+    assert losses[0] == losses[1]
+    ours, theirs = ([p.grad for p in model.parameters() if p.grad is not None] for model in models)
+    assert all(map(torch.equal, ours, theirs))
+
+
+@EXPORTERS
+def test_after_an_export_training_goes_on_as_if_there_had_been_none(detector, runner, tmp_path, dynamo):
+    untouched = copy.deepcopy(detector)
+    export(detector.eval().roi_head.bbox_head, torch.randn(2, 64, 7, 7), tmp_path / 'head.onnx', dynamo)
+    assert_train_the_same([detector, untouched], runner)
+
+
+@pytest.mark.parametrize('training', [False, True], ids=['in_evaluation', 'in_training'])
+def test_fused_into_its_convolutions_it_detects_the_same(detector, runner, tmp_path, training):
+    batches = list(runner.val_dataloader)
+    expected = detections(detector, copy.deepcopy(batches))
+    fused = fuse_conv_bn(detector.train(training))
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
+    in_pytorch = detections(fused, copy.deepcopy(batches))
+    run_cbn_parts_in_onnxruntime(fused, tmp_path, dynamo=False)
+    for ours, exported, theirs in zip(in_pytorch, detections(fused, batches), expected, strict=True):
+        assert len(ours) > 0
+        assert_close(ours, theirs)
+        assert_close(exported, theirs)
+
+
+@pytest.mark.parametrize(
+    ('pattern', 'variables'),
+    [
+        ('iter_5-????????.pth', {}),
+        # As saved by mmengine, a checkpoint holds more than plain data, which torch >= 2.6 refuses if not told so.
+        ('iter_5.pth', dict(TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD='1')),
+    ],
+    ids=['published', 'as_saved'],
+)
+def test_without_the_plugin_a_batchnorm_config_loads_the_checkpoint_and_detects_the_same(
+    runner, detector, bn_config, images, tmp_path, pattern, variables
+):
+    (file,) = Path(runner.work_dir).glob(pattern)
+    bn_config.dump(tmp_path / 'bn.py')
+    arguments = [tmp_path / 'bn.py', file, images[0], tmp_path / 'detections.pth']
+    environment = {name: value for name, value in os.environ.items() if not name.startswith('TORCH_FORCE')}
+    subprocess.run(
+        [sys.executable, '-c', WITHOUT_PLUGIN, *arguments], env=environment | variables, check=True, cwd=tmp_path
+    )
+    theirs = InstanceData(**torch.load(tmp_path / 'detections.pth'))
+    assert len(theirs) > 0
+    assert_same(theirs, detections(detector, runner.val_dataloader)[0])
+
+
+def test_init_detector_detects_what_the_trained_model_does(runner, detector, config, checkpoint, images):
+    loaded = init_detector(config, checkpoint, device='cpu')
+    assert len(cbn_layers(loaded)) == len(cbn_layers(detector))
+    expected = detections(detector, runner.val_dataloader)
+    for result, theirs in zip(inference_detector(loaded, images), expected, strict=True):
+        assert_same(result.pred_instances, theirs)
+
+
+@pytest.mark.parametrize('with_config', [True, False], ids=['config', 'config_of_the_checkpoint'])
+def test_det_inferencer_detects_what_the_trained_model_does(
+    runner, detector, config, checkpoint, images, tmp_path, with_config
+):
+    inferencer = DetInferencer(config if with_config else None, checkpoint, device='cpu', show_progress=False)
+    found = inferencer(images[0], out_dir=str(tmp_path), pred_score_thr=0)['predictions'][0]
+    expected = detections(detector, runner.val_dataloader)[0]
+    assert found == {name: expected[name].tolist() for name in ('bboxes', 'labels', 'scores')}
+    assert (tmp_path / 'vis' / Path(images[0]).name).stat().st_size > 0
