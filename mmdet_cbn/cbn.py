@@ -30,6 +30,8 @@ from .statistics import (
 
 Model = TypeVar('Model', bound=nn.Module)
 
+_is_exporting = getattr(torch.compiler, 'is_exporting', bool)  # a torch without it: never
+
 
 class Diagnosis(NamedTuple):
     """How far a layer relied on its compensation."""
@@ -96,7 +98,7 @@ class CBN(nn.BatchNorm2d):
         TypeError: An argument of the wrong type.
         ValueError: An argument of a value that is not allowed; in training, one value a channel, as in torch.
         RuntimeError: In the first training forward with ``order=1``, if no supported convolution feeds the layer; in
-            training with ``window_size='auto'``, if nothing has put in a number.
+            training with ``window_size='auto'``, if nothing has put in a number; in training under ``torch.export``.
     """
 
     def __init__(
@@ -275,6 +277,9 @@ class CBN(nn.BatchNorm2d):
         if self.window_size == 1:
             self.window_length = 1
             return super().forward(input)
+        if _is_exporting():
+            # It would trace the window into the graph, and leave tensors of its own in it.
+            raise RuntimeError(f'{self._title()} cannot be exported in training: call model.eval() before.')
         self._check_input_dim(input)
         feeding = self._feeding_call(input) if self.order > 0 else None
         if input.numel() == 0:

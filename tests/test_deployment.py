@@ -190,6 +190,15 @@ def test_after_an_export_training_goes_on_as_if_there_had_been_none(detector, ru
     assert_train_the_same([detector, untouched], runner)
 
 
+def test_in_training_torch_export_is_refused_and_training_goes_on_as_if_it_had_not_been_tried(
+    detector, runner, tmp_path
+):
+    untouched = copy.deepcopy(detector)
+    with pytest.raises(torch.onnx.OnnxExporterError, match=r'call model\.eval\(\) before'):
+        export(detector.roi_head.bbox_head, torch.randn(2, 64, 7, 7), tmp_path / 'head.onnx', dynamo=True)
+    assert_train_the_same([detector, untouched], runner)
+
+
 @pytest.mark.parametrize('training', [False, True], ids=['in_evaluation', 'in_training'])
 def test_fused_into_its_convolutions_it_detects_the_same(detector, runner, tmp_path, training):
     batches = list(runner.val_dataloader)
