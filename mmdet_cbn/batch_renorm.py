@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from .arguments import check_int, check_real
+from .arguments import check_bool, check_device_and_dtype, check_int, check_real, shown
 from .normalization import runs_again
 from .statistics import batch_statistics
 
@@ -52,6 +52,7 @@ class BRN(nn.BatchNorm2d):
     Raises:
         TypeError: An argument of the wrong type.
         ValueError: An argument of a value that is not allowed; in training, one value a channel, as in torch.
+        RuntimeError: In training, an input of another number of channels.
     """
 
     def __init__(
@@ -68,22 +69,22 @@ class BRN(nn.BatchNorm2d):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        check_int('BRN', 'num_features', num_features, at_least=1)
-        check_real('BRN', 'eps', eps, 'a number > 0', lambda value: value > 0)
+        num_features = check_int('BRN', 'num_features', num_features, at_least=1)
+        eps = check_real('BRN', 'eps', eps, 'a number > 0', lambda value: value > 0)
         if momentum is not None:
-            check_real('BRN', 'momentum', momentum, 'a number from 0 to 1 or None', lambda value: 0 <= value <= 1)
-        if track_running_stats is not True:
+            allowed = 'a number from 0 to 1 or None'
+            momentum = check_real('BRN', 'momentum', momentum, allowed, lambda value: 0 <= value <= 1)
+        affine = check_bool('BRN', 'affine', affine)
+        if not check_bool('BRN', 'track_running_stats', track_running_stats):
             raise ValueError(
                 'BRN: track_running_stats must be True, for the batch is corrected towards the running statistics, '
-                f'got {track_running_stats!r}'
+                f'got {track_running_stats}'
             )
-        check_real('BRN', 'r_max', r_max, 'a number >= 1', lambda value: value >= 1)
-        check_real('BRN', 'd_max', d_max, 'a number >= 0', lambda value: value >= 0)
-        _check_steps('r_steps', r_steps)
-        _check_steps('d_steps', d_steps)
+        check_device_and_dtype('BRN', device, dtype)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        self.r_max, self.d_max = r_max, d_max
-        self.r_steps, self.d_steps = tuple(r_steps), tuple(d_steps)
+        self.r_max = check_real('BRN', 'r_max', r_max, 'a number >= 1', lambda value: value >= 1)
+        self.d_max = check_real('BRN', 'd_max', d_max, 'a number >= 0', lambda value: value >= 0)
+        self.r_steps, self.d_steps = _steps('r_steps', r_steps), _steps('d_steps', d_steps)
         self._correction: tuple[Tensor, Tensor] | None = None
 
     def extra_repr(self) -> str:
@@ -91,6 +92,13 @@ class BRN(nn.BatchNorm2d):
             f'{super().extra_repr()}, r_max={self.r_max}, d_max={self.d_max}, '
             f'r_steps={self.r_steps}, d_steps={self.d_steps}'
         )
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        super()._check_input_dim(input)
+        if self.training and input.numel() > 0 and input.size(1) != self.num_features:
+            raise RuntimeError(
+                f'{self} expected an input of {self.num_features} channels, got input size {input.size()}'
+            )
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize ``input``, [N, C, H, W]."""
@@ -142,10 +150,10 @@ class BRN(nn.BatchNorm2d):
         return self.running_mean, self.running_var, self.num_batches_tracked  # type: ignore[return-value]
 
 
-def _check_steps(name: str, steps: Any) -> None:
+def _steps(name: str, steps: Any) -> tuple[int, int]:
     if not isinstance(steps, tuple | list) or len(steps) != 2:
-        raise TypeError(f'BRN: {name} must be two ints (first step, last step), got {steps!r}')
-    for step in steps:
-        check_int('BRN', f'each of {name}', step, at_least=0)
-    if steps[0] >= steps[1]:
-        raise ValueError(f'BRN: {name} must be two ints of which the second is larger, got {tuple(steps)}')
+        raise TypeError(f'BRN: {name} must be two ints (first step, last step), got {shown(steps)}')
+    first, last = (check_int('BRN', f'each of {name}', step, at_least=0) for step in steps)
+    if first >= last:
+        raise ValueError(f'BRN: {name} must be two ints of which the second is larger, got {(first, last)}')
+    return first, last

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import SyncBatchNorm
 
 from . import window_file
-from .arguments import check_int
+from .arguments import check_bool, check_int, shown
 from .cbn import CBN
 from .conversion import active_norms
 from .window import suggested_window_size
@@ -62,15 +62,13 @@ class CBNBurnInHook(Hook):
         if (burn_in_epochs is None) == (burn_in_iters is None):
             raise ValueError(
                 'CBNBurnInHook: one of burn_in_epochs and burn_in_iters must be given, '
-                f'got burn_in_epochs={burn_in_epochs} and burn_in_iters={burn_in_iters}'
+                f'got burn_in_epochs={shown(burn_in_epochs)} and burn_in_iters={shown(burn_in_iters)}'
             )
         self.by_epoch = burn_in_epochs is not None
-        self.length: int = burn_in_epochs if burn_in_epochs is not None else burn_in_iters  # type: ignore[assignment]
-        check_int('CBNBurnInHook', 'burn_in_epochs' if self.by_epoch else 'burn_in_iters', self.length, at_least=0)
-        for name, value in (('save_window', save_window), ('diagnostics', diagnostics)):
-            if not isinstance(value, bool):
-                raise TypeError(f'CBNBurnInHook: {name} must be True or False, got {value!r}')
-        self.save_window, self.diagnostics = save_window, diagnostics
+        name, length = ('burn_in_epochs', burn_in_epochs) if self.by_epoch else ('burn_in_iters', burn_in_iters)
+        self.length = check_int('CBNBurnInHook', name, length, at_least=0)
+        self.save_window = check_bool('CBNBurnInHook', 'save_window', save_window)
+        self.diagnostics = check_bool('CBNBurnInHook', 'diagnostics', diagnostics)
         self._resumed_from: str | None = None
         self._layers: dict[str, CBN] = {}
         self._bad_batches: dict[str, int] = {}

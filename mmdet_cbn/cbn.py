@@ -11,7 +11,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from . import compiled
-from .arguments import check_int, check_names, check_real
+from .arguments import check_bool, check_device_and_dtype, check_int, check_names, check_real, shown
 from .calls import Call, CallWindows, FirstRun
 from .conversion import active_norms, become, under
 from .convolution import ConvCall, ConvFinder, unsupported_because
@@ -69,7 +69,7 @@ class CBN(nn.BatchNorm2d):
 
     Args:
         num_features: C of an input of [N, C, H, W].
-        eps: Added to the variance.
+        eps: Added to the variance; larger than 0.
         momentum: Weight of the current batch in the running statistics; None for their cumulative average.
         affine: Whether to learn gamma and beta.
         track_running_stats: Whether to keep running statistics.
@@ -97,8 +97,9 @@ class CBN(nn.BatchNorm2d):
     Raises:
         TypeError: An argument of the wrong type.
         ValueError: An argument of a value that is not allowed; in training, one value a channel, as in torch.
-        RuntimeError: In the first training forward with ``order=1``, if no supported convolution feeds the layer; in
-            training with ``window_size='auto'``, if nothing has put in a number; in training under ``torch.export``.
+        RuntimeError: In training, an input of another number of channels; in the first training forward with
+            ``order=1``, if no supported convolution feeds the layer; in training with ``window_size='auto'``, if
+            nothing has put in a number; in training under ``torch.export``.
     """
 
     def __init__(
@@ -114,15 +115,19 @@ class CBN(nn.BatchNorm2d):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        check_int('CBN', 'num_features', num_features, at_least=1)
-        check_real('CBN', 'eps', eps, 'a number >= 0', lambda value: value >= 0)
+        num_features = check_int('CBN', 'num_features', num_features, at_least=1)
+        eps = check_real('CBN', 'eps', eps, 'a number > 0', lambda value: value > 0)
         if momentum is not None:
-            check_real('CBN', 'momentum', momentum, 'a number from 0 to 1 or None', lambda value: 0 <= value <= 1)
-        check_int('CBN', 'order', order, at_least=0)
+            allowed = 'a number from 0 to 1 or None'
+            momentum = check_real('CBN', 'momentum', momentum, allowed, lambda value: 0 <= value <= 1)
+        affine = check_bool('CBN', 'affine', affine)
+        track_running_stats = check_bool('CBN', 'track_running_stats', track_running_stats)
+        check_device_and_dtype('CBN', device, dtype)
+        order = check_int('CBN', 'order', order, at_least=0)
         if order > 1:
-            raise ValueError(f'CBN: order must be 0 (Naive CBN) or 1 (first-order compensation), got {order}')
+            raise ValueError(f'CBN: order must be 0 (Naive CBN) or 1 (first-order compensation), got {shown(order)}')
         if samples is not None:
-            check_int('CBN', 'samples', samples, at_least=2, alternative=' or None')
+            samples = check_int('CBN', 'samples', samples, at_least=2, alternative=' or None')
             if order == 0:
                 raise ValueError(
                     f'CBN: samples must be None with order=0, which compensates for nothing, got {samples}'
@@ -181,8 +186,8 @@ class CBN(nn.BatchNorm2d):
 
     @window_size.setter
     def window_size(self, window_size: int | Literal['auto']) -> None:
-        if window_size != 'auto':
-            check_int('CBN', 'window_size', window_size, at_least=1, alternative=" or 'auto'")
+        if not isinstance(window_size, str) or window_size != 'auto':
+            window_size = check_int('CBN', 'window_size', window_size, at_least=1, alternative=" or 'auto'")
         self._window_size = window_size
         self.forget_window()
         self._start_or_stop_finder()
@@ -263,6 +268,14 @@ class CBN(nn.BatchNorm2d):
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         self.forget_window()  # the window belongs to other weights
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        super()._check_input_dim(input)
+        # Else one channel would be taken for all, or all for one.
+        if self.training and input.numel() > 0 and input.size(1) != self.num_features:
+            raise RuntimeError(
+                f'{self._title()} expected an input of {self.num_features} channels, got input size {input.size()}'
+            )
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize ``input``, the output of a convolution, [N, C, H, W]."""

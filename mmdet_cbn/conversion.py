@@ -67,11 +67,13 @@ def become(layer: nn.Module, other: nn.Module) -> None:
         ValueError: The two have parameters or buffers of other names.
     """
     for kind in ('_parameters', '_buffers'):
-        ours, theirs = (list(vars(module)[kind]) for module in (layer, other))
+        ours, theirs = (
+            [name for name, own in vars(module)[kind].items() if own is not None] for module in (layer, other)
+        )
         if ours != theirs:
             raise ValueError(
                 f'a {type(layer).__name__} cannot become a {type(other).__name__}: '
-                f'the one has {", ".join(ours)}, the other {", ".join(theirs)}'
+                f'the one has {", ".join(ours) or "none"}, the other {", ".join(theirs) or "none"}'
             )
     mode = layer.training
     layer.eval()  # a CBN lets go of its convolution

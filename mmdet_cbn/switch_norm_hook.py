@@ -11,7 +11,7 @@ from mmengine.runner import IterBasedTrainLoop, Runner
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .arguments import check_int, check_names
+from .arguments import check_int, check_names, shown
 from .conversion import active_norms, become, under
 
 
@@ -45,12 +45,17 @@ class SwitchNormHook(Hook):
         source: str = 'BN',
         prefixes: str | Sequence[str] | None = None,
     ) -> None:
-        check_int('SwitchNormHook', 'epoch', epoch, at_least=0)
-        self.epoch = epoch
+        self.epoch = check_int('SwitchNormHook', 'epoch', epoch, at_least=0)
         check_names('SwitchNormHook', 'prefixes', prefixes)
         self.to: dict[str, Any] = to if isinstance(to, dict) else dict(type=to)
         # That they can be built is seen now, not in the middle of training.
-        become(_build('source', dict(type=source), nn.BatchNorm2d(1)), _build('to', self.to, nn.BatchNorm2d(1)))
+        old, new = _build('source', dict(type=source), nn.BatchNorm2d(1)), _build('to', self.to, nn.BatchNorm2d(1))
+        try:
+            become(old, new)
+        except ValueError as error:
+            raise ValueError(
+                f'SwitchNormHook: to must have the parameters and buffers of source={source!r}, got {to!r} ({error})'
+            ) from error
         self.source = source
         self.prefixes = prefixes
         self._layers: list[_BatchNorm] = []
@@ -97,9 +102,9 @@ def _build(argument: str, norm_cfg: Any, like: _BatchNorm) -> _BatchNorm:
     shared = {name: getattr(like, name) for name in ('eps', 'momentum', 'affine', 'track_running_stats')}
     try:
         layer = build_norm_layer({**shared, **norm_cfg}, like.num_features)[1]
-    except (KeyError, TypeError, AssertionError) as error:
+    except Exception as error:  # whatever mmcv, or a normalizer of anyone's, has against it
         raise ValueError(
             f'SwitchNormHook: {argument} must be a registered normalizer with the arguments of BatchNorm, '
-            f'got {norm_cfg!r} ({error})'
+            f'got {shown(norm_cfg)} ({error})'
         ) from error
     return layer

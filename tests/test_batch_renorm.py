@@ -166,6 +166,8 @@ def test_empty_and_single_value_inputs_are_batchnorms():
         norm(torch.ones(1, 4, 1, 1).double())
     with pytest.raises(ValueError, match='expected 4D input'):
         norm(torch.ones(4, 4).double())
+    with pytest.raises(RuntimeError, match='expected an input of 4 channels'):
+        norm(torch.ones(2, 1, 2, 2).double())
     assert all(torch.equal(value, before[key]) for key, value in norm.state_dict().items())
 
 
@@ -187,6 +189,10 @@ def test_training_never_waits_for_the_device(momentum, affine, dtype):
         (dict(momentum=2), ValueError, 'BRN: momentum must be a number from 0 to 1 or None, got 2'),
         (dict(track_running_stats=False), ValueError, 'BRN: track_running_stats must be True'),
         (dict(r_max=0.5), ValueError, 'BRN: r_max must be a number >= 1, got 0.5'),
+        (dict(r_max=float('inf')), ValueError, 'BRN: r_max must be a number >= 1, and finite in float32, got inf'),
+        (dict(d_max=1e39), ValueError, 'BRN: d_max must be a number >= 0, and finite in float32, got 1e\\+39'),
+        (dict(r_steps=(0, 2**63)), ValueError, 'BRN: each of r_steps must be an int >= 0, and less than 2'),
+        (dict(affine=None), TypeError, 'BRN: affine must be True or False, got None'),
         (dict(d_max='5'), TypeError, "BRN: d_max must be a number >= 0, got '5' of type str"),
         (dict(r_steps=5), TypeError, r'BRN: r_steps must be two ints \(first step, last step\), got 5'),
         (dict(r_steps=(5, 5)), ValueError, r'r_steps must be two ints of which the second is larger, got \(5, 5\)'),

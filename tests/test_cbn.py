@@ -5,8 +5,10 @@ import gc
 import io
 import pickle
 import weakref
+from fractions import Fraction
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from mmcv.cnn import ConvModule, ConvWS2d, build_norm_layer, fuse_conv_bn
@@ -611,9 +613,11 @@ def test_one_value_a_channel_is_an_error_as_in_batchnorm():
     [
         (dict(num_features=0), ValueError, 'num_features must be an int >= 1, got 0'),
         (dict(num_features=4.0), TypeError, r'num_features must be an int >= 1, got 4\.0 of type float'),
-        (dict(eps=-1e-5), ValueError, 'eps must be a number >= 0'),
-        (dict(eps='small'), TypeError, "eps must be a number >= 0, got 'small' of type str"),
-        (dict(eps=float('nan')), ValueError, 'eps must be a number >= 0, got nan'),
+        (dict(eps=-1e-5), ValueError, 'eps must be a number > 0'),
+        (dict(eps=float('inf')), ValueError, 'eps must be a number > 0, and finite in float32, got inf'),
+        (dict(eps=10**5000), ValueError, 'eps must be .*, got one of type int that cannot be written out'),
+        (dict(eps='small'), TypeError, "eps must be a number > 0, got 'small' of type str"),
+        (dict(eps=float('nan')), ValueError, 'eps must be a number > 0, got nan'),
         (dict(momentum=1.5), ValueError, 'momentum must be a number from 0 to 1 or None, got 1.5'),
         (dict(momentum='x'), TypeError, 'momentum must be a number from 0 to 1 or None'),
         (dict(window_size=0), ValueError, "window_size must be an int >= 1 or 'auto', got 0"),
@@ -625,12 +629,39 @@ def test_one_value_a_channel_is_an_error_as_in_batchnorm():
         (dict(order=1.0), TypeError, 'order must be'),
         (dict(samples=1), ValueError, 'samples must be an int >= 2 or None, got 1'),
         (dict(samples=64.0), TypeError, 'samples must be an int >= 2 or None, got 64.0 of type float'),
+        (dict(affine='no'), TypeError, "CBN: affine must be True or False, got 'no' of type str"),
+        (dict(track_running_stats=1), TypeError, 'CBN: track_running_stats must be True or False, got 1 of type int'),
+        (dict(eps=0), ValueError, 'eps must be a number > 0, got 0'),
+        (dict(window_size=2**63), ValueError, 'window_size must be .*, and less than 2'),
+        (dict(window_size=np.arange(2)), TypeError, r'window_size must be .*, got array\(\[0, 1\]\)'),
+        (dict(dtype='float32'), TypeError, "CBN: dtype must be a torch.dtype or None, got 'float32' of type str"),
+        (dict(dtype=torch.int32), ValueError, 'CBN: dtype must be one of .*, got torch.int32'),
+        (dict(device='gpu'), ValueError, "CBN: device must be a device of torch or None, got 'gpu'"),
         (dict(samples=64, order=0), ValueError, 'samples must be None with order=0, .* got 64'),
     ],
 )
 def test_wrong_arguments_are_named(arguments, error, message):
     with pytest.raises(error, match=message):
         CBN(**{'num_features': 4, **arguments})
+
+
+def test_numbers_of_numpy_are_numbers():
+    """Not so those that are only like numbers to Python, which torch would refuse in the forward."""
+    norm = CBN(np.int64(4), eps=np.float32(0.5), momentum=Fraction(1, 2), window_size=np.int32(3), samples=np.uint8(9))
+    kept = (norm.num_features, norm.eps, norm.momentum, norm.window_size, norm.samples)
+    assert kept == (4, 0.5, 0.5, 3, 9) and [type(value) for value in kept] == [int, float, float, int, int]
+    nn.Sequential(nn.Conv2d(4, 4, 1), norm)(torch.randn(2, 4, 3, 3))
+
+
+@pytest.mark.parametrize(('channels', 'num_features'), [(3, 4), (1, 4), (4, 1)])
+@pytest.mark.parametrize('kind', [dict(), dict(order=0), dict(samples=8)], ids=str)
+def test_another_number_of_channels_is_an_error_and_leaves_no_trace(channels, num_features, kind):
+    model = nn.Sequential(nn.Conv2d(2, channels, 1), CBN(num_features, affine=False, **kind))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match=f"'1'.* expected an input of {num_features} channels, got .*{channels}"):
+        model(torch.randn(2, 2, 3, 3))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model[1].window_state()['windows'] == [dict(kind=None)]
 
 
 def test_wrong_input_shape_is_an_error():

@@ -165,6 +165,12 @@ def test_it_switches_inside_distributed_data_parallel(tmp_path):
         (dict(epoch=1, to=dict(type='LN')), ValueError, "to must be a registered normalizer .* 'LN'"),
         (dict(epoch=1, to=dict(type='CBN', window_size=0)), ValueError, 'window_size must be an int >= 1'),
         (dict(epoch=1, to=3), ValueError, 'to must be a registered normalizer'),
+        (
+            dict(epoch=1, to=dict(type='BN', affine=False)),
+            ValueError,
+            "SwitchNormHook: to must have .* 'affine': False",
+        ),
+        (dict(epoch=1, to=dict(type='BRN', eps=0)), ValueError, 'SwitchNormHook: to must be .*BRN: eps must be'),
         (dict(epoch=1, source='ReLU'), ValueError, "source must be a registered normalizer .* 'ReLU'"),
         (dict(epoch=1, prefixes=3), TypeError, 'prefixes must be a name, a list of names or None, got 3'),
     ],
