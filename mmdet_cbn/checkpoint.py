@@ -12,6 +12,7 @@ killed just then leaves half of it.
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ import numpy as np
 import torch
 from mmengine import fileio
 from mmengine.logging import HistoryBuffer
-from mmengine.runner import CheckpointLoader, runner
+from mmengine.runner import CheckpointLoader, Runner, runner
+
+from .errors import naming
 
 
 def _history_method(owner: Any, name: Any) -> Callable:
@@ -51,7 +54,12 @@ _torch_load = torch.load
 
 
 def restricted_torch_load(file: Any, map_location: Any = None, **ignored: Any) -> Any:
-    """``torch.load`` of plain data and of what mmengine writes, whatever the caller asks for or has declared safe."""
+    """``torch.load`` of plain data and of what mmengine writes, whatever the caller asks for or has declared safe.
+
+    Raises:
+        RuntimeError: The file is damaged; and whatever ``torch.load`` raises.
+    """
+    _check_archive(file)
     declared = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
     try:
@@ -61,11 +69,33 @@ def restricted_torch_load(file: Any, map_location: Any = None, **ignored: Any) -
         torch.serialization.add_safe_globals(declared)
 
 
+def _check_archive(file: Any) -> None:
+    """Raise if ``file`` is a zip archive, as torch >= 1.6 writes it, with a bit wrong: torch does not look."""
+    at = None if isinstance(file, str | os.PathLike) else file.tell()
+    try:
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                entries = archive.infolist()
+                if any(entry.external_attr & 0x10 for entry in entries):
+                    raise RuntimeError('it has a folder')  # torch would not read it, and return what is in memory
+                # torch.serialization.set_crc32_options(False) leaves all sums 0.
+                if any(entry.CRC for entry in entries) and (damaged := archive.testzip()):
+                    raise RuntimeError(f'the sum of {damaged} is wrong')
+    except Exception as error:  # whatever the reader stumbles over
+        raise RuntimeError(f'the archive is damaged ({error})') from error
+    finally:
+        if at is not None:
+            file.seek(at)
+
+
 _load_checkpoint = CheckpointLoader.load_checkpoint
 
 
 def load_checkpoint(filename: str, map_location: Any = None, logger: Any = 'current') -> Any:
     """In place of mmengine's ``CheckpointLoader.load_checkpoint``: the same, but no checkpoint can run code.
+
+    What mmdet 2 kept as ``config`` under ``meta`` is left out: it is the text of a config, and to resume, mmengine
+    would run it.
 
     Args:
         filename: A path or a URL of any scheme that mmengine knows.
@@ -74,13 +104,13 @@ def load_checkpoint(filename: str, map_location: Any = None, logger: Any = 'curr
 
     Raises:
         pickle.UnpicklingError: The file holds something that mmengine does not write.
-        RuntimeError: The file is damaged, or torch cannot load it for another reason.
+        RuntimeError: The file is damaged, holds no dict, or torch cannot load it for another reason.
     """
     try:
         # All loaders of mmengine, those for URLs included, come to torch.load in the end. One of the forks lets getattr
         # through there, or anything at all where torch refuses.
         with mock.patch.object(torch, 'load', restricted_torch_load):
-            return _load_checkpoint(filename, map_location, logger)
+            checkpoint = _load_checkpoint(filename, map_location, logger)
     except pickle.UnpicklingError as error:
         # torch's message is long, and advises to load without restriction.
         reason = re.search(r'(?:WeightsUnpickler error:\s*|(?=Trying to load ))(.*)', str(error))
@@ -88,8 +118,30 @@ def load_checkpoint(filename: str, map_location: Any = None, logger: Any = 'curr
             f'{filename} was not loaded: it is damaged, or it holds more than weights, plain data and the logs of '
             f'mmengine, and to load that could run code ({reason[1] if reason else error})'
         ) from error
-    except (RuntimeError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # of a damaged file, whatever torch stumbles over
         raise RuntimeError(f'{filename} could not be loaded: {str(error) or "it ends too early"}') from error
+    if not isinstance(checkpoint, dict):
+        raise RuntimeError(f'{filename} is no checkpoint: it holds a {type(checkpoint).__name__}, not a dict')
+    if isinstance(meta := checkpoint.get('meta'), dict):
+        meta.pop('config', None)
+    return checkpoint
+
+
+_load_into, _resume = Runner.load_checkpoint, Runner.resume
+
+
+def load_into(self: Runner, filename: str, *args: Any, **kwargs: Any) -> Any:
+    """In place of mmengine's ``Runner.load_checkpoint``: the same, but an error names the file."""
+    with naming(filename, 'does not fit this model'):
+        return _load_into(self, filename, *args, **kwargs)
+
+
+def resume(self: Runner, filename: str, *args: Any, **kwargs: Any) -> None:
+    """In place of mmengine's ``Runner.resume``: the same, but an error names the file."""
+    with naming(filename, 'does not fit this model or training'):
+        _resume(self, filename, *args, **kwargs)
 
 
 _save_checkpoint = runner.save_checkpoint
@@ -125,7 +177,8 @@ def find_latest_checkpoint(path: str) -> str | None:
 
 
 def install() -> None:
-    """Make mmengine use :func:`load_checkpoint`, :func:`save_checkpoint` and :func:`find_latest_checkpoint`."""
+    """Make mmengine load, save and find its checkpoints through the functions here."""
     CheckpointLoader.load_checkpoint = staticmethod(load_checkpoint)
+    Runner.load_checkpoint, Runner.resume = load_into, resume
     runner.save_checkpoint = save_checkpoint
     runner.find_latest_checkpoint = find_latest_checkpoint

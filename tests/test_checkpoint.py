@@ -2,12 +2,14 @@
 
 import pickle
 import threading
+import zipfile
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 import torch
+from conftest import Net, runner_for
 from mmengine.logging import HistoryBuffer, MessageHub
 from mmengine.runner import CheckpointLoader, load_checkpoint, runner
 from torch import nn
@@ -131,6 +133,103 @@ def test_a_truncated_checkpoint_is_an_error_that_names_the_file(tmp_path, checkp
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(RuntimeError, match=r'half\.pth could not be loaded: .+'):
         CheckpointLoader.load_checkpoint(str(path), 'cpu')
+
+
+def test_a_changed_bit_is_an_error_that_names_the_file(tmp_path, checkpoint):
+    """torch does not look at the check sums, and loads other weights."""
+    path = tmp_path / 'changed.pth'
+    torch.save(checkpoint, path)
+    data = bytearray(path.read_bytes())
+    at = data.index(checkpoint['state_dict']['0.weight'].numpy().tobytes())
+    data[at + 3] ^= 1
+    path.write_bytes(data)
+    torch.load(path, weights_only=False)
+    with pytest.raises(RuntimeError, match=r'changed\.pth could not be loaded: .*data/0 is wrong'):
+        CheckpointLoader.load_checkpoint(str(path), 'cpu')
+
+
+def test_weights_marked_as_a_folder_are_refused(tmp_path, checkpoint):
+    """torch would not read them, and return whatever is in memory."""
+    path = tmp_path / 'folder.pth'
+    torch.save(checkpoint, path)
+    with zipfile.ZipFile(path) as archive:
+        place = archive.start_dir
+    data = bytearray(path.read_bytes())
+    data[place + 38] |= 0x10
+    path.write_bytes(data)
+    with pytest.raises(RuntimeError, match=r'folder\.pth could not be loaded: .*a folder'):
+        CheckpointLoader.load_checkpoint(str(path), 'cpu')
+
+
+def test_checkpoints_without_check_sums_load(tmp_path, checkpoint):
+    path = tmp_path / 'fast.pth'
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(checkpoint, path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    loaded = CheckpointLoader.load_checkpoint(str(path), 'cpu')
+    assert torch.equal(loaded['state_dict']['0.weight'], checkpoint['state_dict']['0.weight'])
+
+
+@pytest.mark.parametrize('content', [[1, 2], torch.zeros(3), 'text', None], ids=str)
+def test_what_is_no_checkpoint_is_refused_by_name(tmp_path, content):
+    path = tmp_path / 'other.pth'
+    torch.save(content, path)
+    with pytest.raises(RuntimeError, match=r'other\.pth is no checkpoint: it holds a \w+, not a dict'):
+        CheckpointLoader.load_checkpoint(str(path), 'cpu')
+
+
+def trained(folder, **kwargs):
+    runner = runner_for(folder, Net(), None, epochs=2, **kwargs)
+    runner.train()
+    return runner
+
+
+@pytest.mark.parametrize('resume', [True, False])
+@pytest.mark.parametrize(
+    ('change', 'when'),
+    [
+        (lambda c: c.update(state_dict=[1]), 'both'),
+        (lambda c: c.update(state_dict=torch.zeros(2)), 'both'),
+        (lambda c: c.update(state_dict={3: torch.zeros(1)}), 'both'),
+        (lambda c: c.pop('meta'), 'resumed'),
+        (lambda c: c.update(meta=5), 'resumed'),
+        (lambda c: c.update(message_hub={}), 'resumed'),
+        (lambda c: c['optimizer']['param_groups'][0].update(params=[0]), 'resumed'),
+        (lambda c: c.update(optimizer=None), 'resumed'),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_an_error_that_names_the_file(tmp_path, change, when, resume):
+    trained(tmp_path / 'run')
+    path = tmp_path / 'run' / 'epoch_2.pth'
+    checkpoint = torch.load(path, weights_only=False)
+    change(checkpoint)
+    torch.save(checkpoint, tmp_path / 'changed.pth')
+    load = partial(trained, tmp_path / 'new', load_from=str(tmp_path / 'changed.pth'), resume=resume)
+    if when == 'both' or resume:
+        with pytest.raises(RuntimeError, match=r'changed\.pth does not fit this model'):
+            load()
+    else:
+        load()
+
+
+def test_weights_of_another_model_are_mmengines_warning(tmp_path, capsys):
+    torch.save(nn.Sequential(nn.Conv2d(3, 4, 1)).state_dict(), tmp_path / 'another.pth')
+    trained(tmp_path / 'run', load_from=str(tmp_path / 'another.pth'))
+    assert 'unexpected key in source state_dict: 0.weight, 0.bias' in capsys.readouterr().out
+
+
+def test_to_resume_does_not_run_the_config_in_a_checkpoint(tmp_path):
+    """mmdet 2 kept its text there, and mmengine runs it to see on how many GPUs it was."""
+    trained(tmp_path / 'run')
+    path, made = tmp_path / 'run' / 'epoch_2.pth', tmp_path / 'made'
+    checkpoint = torch.load(path, weights_only=False)
+    checkpoint['meta']['config'] = f"open({str(made)!r}, 'w')"
+    torch.save(checkpoint, path)
+    runner = runner_for(tmp_path / 'run', Net(), None, epochs=3, resume=True)
+    runner.train()
+    assert runner.epoch == 3 and not made.exists()
 
 
 @pytest.mark.parametrize('pointer', ['', '/gone/epoch_11.pth', '/moved/from/epoch_9.pth'])

@@ -21,6 +21,7 @@ import torch
 from mmengine.config import Config
 
 from mmdet_cbn.checkpoint import load_checkpoint
+from mmdet_cbn.errors import naming
 from mmdet_cbn.experiments.released_checkpoint import convert_checkpoint, model_shapes
 
 
@@ -36,7 +37,9 @@ def main() -> int:
         parser.error(f'there is no folder {args.out.parent} to write to')
     try:
         shapes = model_shapes(Config.fromfile(args.config))
-        converted, report = convert_checkpoint(load_checkpoint(args.checkpoint, map_location='cpu'), shapes)
+        released = load_checkpoint(args.checkpoint, map_location='cpu')
+        with naming(args.checkpoint, 'is no checkpoint of the released code'):
+            converted, report = convert_checkpoint(released, shapes)
     except (OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
         parser.error(str(error))
     print(report)
