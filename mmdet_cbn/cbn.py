@@ -243,7 +243,9 @@ class CBN(nn.BatchNorm2d):
         self._windows.load(state['windows'], [CompensatedStatistics, SampledStatistics, NaiveStatistics])
         for window in self._windows:
             past = window.stacked()
-            if past is not None and past.mean.size(1) != self.num_features:
+            if past is not None and not all(
+                _may_be(name, statistics, self.num_features) for name, statistics in past._asdict().items()
+            ):
                 raise ValueError(f'it is of a layer with other than {self.num_features} features')
         version, _, gauss = self._random.getstate()
         self._random.setstate((version, tuple(state['random']), gauss))
@@ -450,6 +452,14 @@ class CBN(nn.BatchNorm2d):
 
     def _title(self) -> str:
         return f"CBN layer '{_qualified_name(self)}' ({self})"
+
+
+def _may_be(name: str, statistics: Tensor, num_features: int) -> bool:
+    """Whether the stacked ``statistics`` can be the member ``name`` of a window's, of a layer of ``num_features``."""
+    of_inputs = dict(mean_grad=4, patches=3)
+    if name in of_inputs:
+        return statistics.dim() == of_inputs[name]
+    return statistics.dim() == (5 if name == 'var_grad' else 2) and statistics.size(1) == num_features
 
 
 def _qualified_name(layer: nn.Module) -> str:

@@ -85,6 +85,10 @@ class Window(Generic[Statistics]):
         length, next_slot = state['length'], state['next']
         if not all(isinstance(tensor, Tensor) and tensor.shape[:1] == (self.capacity,) for tensor in ring):
             raise ValueError(f'it is of another window_size than {self.capacity + 1}')
+        if not ring[0].is_floating_point() or len({(tensor.dtype, tensor.layout) for tensor in ring}) > 1:
+            raise ValueError('it has no statistics of one precision')
+        if not (isinstance(length, int) and isinstance(next_slot, int)):
+            raise TypeError(f'it has {length!r} iterations and writes to place {next_slot!r}')
         if not (0 < length <= self.capacity and 0 <= next_slot < self.capacity):
             raise ValueError(f'it has {length} iterations and writes to place {next_slot}')
         self._ring, self._length, self._next = ring, length, next_slot

@@ -4,7 +4,7 @@ They are no part of the checkpoint, which stays that of a BatchNorm.
 """
 
 import io
-import pickle
+import zipfile
 from collections.abc import Mapping
 
 import torch
@@ -45,17 +45,21 @@ def load(path: str, layers: Mapping[str, CBN], device: torch.device) -> None:
     Raises:
         RuntimeError: The file is damaged, holds something else, or belongs to other layers; then all windows are empty.
     """
+    data = io.BytesIO(fileio.get(path))
     try:
-        states = restricted_torch_load(io.BytesIO(fileio.get(path)), map_location=device)
+        if not zipfile.is_zipfile(data):  # torch would take it for its format of before 1.6, which has no check sums
+            raise ValueError('it ends too early, or is no file of torch')
+        data.seek(0)
+        states = restricted_torch_load(data, map_location=device)
         if not isinstance(states, dict) or set(states) != set(layers):
             raise ValueError('it belongs to other layers')
         for name, layer in layers.items():
             layer.load_window_state(states[name])
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # of a file from elsewhere, whatever torch and the layers stumble over
         for layer in layers.values():
             layer.forget_window()
         raise RuntimeError(
             f'{path} was not loaded: it is damaged, holds more than windows, or belongs to another model or '
-            f'norm_cfg ({str(error).splitlines()[0] if str(error) else "it ends too early"}). To go on with empty '
+            f'norm_cfg ({next(iter(str(error).splitlines()), type(error).__name__)}). To go on with empty '
             'windows, which fill within k iterations, remove it.'
         ) from error

@@ -124,6 +124,22 @@ class Evil:
         (lambda data: edited(data, kind='NaiveStatistics', tensors=naive(2, 4)), 'another window_size than 4'),
         (lambda data: edited(data, kind='NaiveStatistics', tensors=naive(3, 5)), 'other than 4 features'),
         (lambda data: resaved(data, lambda s: {'norm': dict(s['norm'], random=[1, 2])}), ''),
+        (lambda data: resaved(data, lambda s: {'norm': dict(s['norm'], windows=[])}), 'list index'),
+        (lambda data: edited(data, length=1.5), 'it has 1.5 iterations'),
+        (
+            lambda data: edited(data, kind='NaiveStatistics', tensors=naive(3, 4, var=torch.ones(3, 5))),
+            'than 4 features',
+        ),
+        (lambda data: edited(data, kind='NaiveStatistics', tensors=naive(3, 4, var=torch.ones(3))), 'than 4 features'),
+        (
+            lambda data: edited(data, kind='NaiveStatistics', tensors=naive(3, 4, mean=torch.ones(3, 4).long())),
+            'precision',
+        ),
+        (
+            lambda data: edited(data, kind='NaiveStatistics', tensors=naive(3, 4, var=torch.ones(3, 4).half())),
+            'precision',
+        ),
+        (lambda data: data[:700] + bytes([data[700] ^ 1]) + data[701:], 'is damaged'),
     ],
 )
 def test_a_file_that_does_not_fit_is_refused_by_name_and_runs_no_code(tmp_path, monkeypatch, damage, reason):
@@ -153,8 +169,8 @@ def edited(data, **changes):
     return resaved(data, change)
 
 
-def naive(capacity, channels):
-    return dict(mean=torch.zeros(capacity, channels), var=torch.ones(capacity, channels))
+def naive(capacity, channels, **tensors):
+    return {**dict(mean=torch.zeros(capacity, channels), var=torch.ones(capacity, channels)), **tensors}
 
 
 def test_the_option_must_be_a_bool():
