@@ -159,6 +159,44 @@ def test_a_run_of_train_py_alone_is_known_by_its_config(killed_and_restarted, tm
     assert unfinished.metrics == {} and list(unfinished.curve) == [1]
 
 
+@pytest.mark.parametrize(
+    ('file', 'content', 'named'),
+    [
+        ('now/vis_data/scalars.json', '{"coco/bbox_mAP": 0.1, "step"\n', True),
+        ('now/vis_data/scalars.json', '["coco/bbox_mAP"]\n', True),
+        ('now/vis_data/scalars.json', '{"coco/bbox_mAP": 0.1}\n', True),
+        ('now/vis_data/scalars.json', '{"coco/bbox_mAP": 0.1, "step"', False),
+        ('settings.json', '{"run"', True),
+        ('settings.json', '[]', True),
+        ('now/vis_data/config.py', 'train_cfg = (', True),
+        ('now/vis_data/config.py', 'x = 1', False),
+        ('test/now/now.json', '["coco/bbox_mAP"]', False),
+    ],
+)
+def test_damaged_logs_are_named(file, content, named, tmp_path, monkeypatch, capsys):
+    """But what a kill may leave is passed over."""
+    logs = {
+        'now/vis_data/scalars.json': '{"coco/bbox_mAP": 0.5, "step": 1}\n',
+        'now/vis_data/config.py': "train_cfg = dict(max_epochs=1)\nrow = 'name'",
+        'now/now.log': 'GPU number: 1\n',
+        'settings.json': '{"run": "name"}',
+    }
+    for name, text in {**logs, file: content}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    if content == 'x = 1':
+        with pytest.raises(RuntimeError, match=f'{tmp_path} has no logs of a training'):
+            find_runs([tmp_path])
+    elif named:
+        monkeypatch.setattr(sys, 'argv', ['report.py', str(tmp_path)])
+        with pytest.raises(SystemExit):
+            runpy.run_path(str(ROOT / 'tools' / 'report.py'), run_name='__main__')
+        assert str(tmp_path / file) in capsys.readouterr().err
+    else:
+        (run,) = find_runs([tmp_path])
+        assert run.metrics == ({'bbox_mAP': 50} if 'test' in file else {})
+
+
 # -- the report, on runs with the paper's settings
 
 
@@ -444,6 +482,14 @@ def test_a_pointer_to_nowhere_is_mended(fake, pointer):
     trial.mend_pointer()
     expected = 'epoch_9.pth' if 'epoch_9' in pointer else 'epoch_10.pth'
     assert (trial.work_dir / 'last_checkpoint').read_text() == str(trial.work_dir / expected)
+
+
+def test_damaged_settings_are_named_and_stop_no_other_trial(fake):
+    trial = fake()
+    run(trial)
+    (trial.work_dir / 'settings.json').write_text('{"run"')
+    result, steps = run(fake())
+    assert steps == [] and re.match(r'NOT RUN: .*settings\.json, which has its settings, is damaged', result)
 
 
 def test_other_settings_are_refused(fake):

@@ -27,7 +27,10 @@ def main() -> None:
     for folder in args.work_dirs:
         if not folder.is_dir():
             parser.error(f'WORK_DIRS: {folder} is no folder')
-    runs = find_runs(args.work_dirs)
+    try:
+        runs = find_runs(args.work_dirs)
+    except RuntimeError as error:
+        parser.error(str(error))
     if args.work_dirs and not runs:
         parser.error(f'no logs of a training under {", ".join(map(str, args.work_dirs))}')
     if args.readme:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from mmengine.config import Config
 
+from ..errors import naming
 from .paper import Row, Table
 from .reproduction import SETTINGS, evaluations, load
 
@@ -67,22 +68,43 @@ def find_runs(folders: Iterable[Path]) -> list[Run]:
 
 
 def read_run(work_dir: Path) -> Run:
-    """Read the logs of a work_dir of mmdet's tools/train.py, resumed or not."""
+    """Read the logs of a work_dir of mmdet's tools/train.py, resumed or not.
+
+    Its config is run as Python, as mmengine does it.
+
+    Raises:
+        RuntimeError: A file is not what mmengine or tools/reproduce.py writes.
+    """
+    with naming(work_dir, 'has no logs of a training'):
+        return _read_run(work_dir)
+
+
+def _read_run(work_dir: Path) -> Run:
     curve: dict[int, dict[str, float]] = {}
     for file in sorted(work_dir.glob('*/vis_data/scalars.json')):  # in the order of time
-        for line in file.read_text().splitlines():
-            metrics = _percent(json.loads(line)) if '_mAP' in line else {}
-            if metrics:
-                curve[json.loads(line)['step']] = metrics
+        with naming(file, 'is no log of mmengine'):
+            for line in file.read_text().splitlines(keepends=True):
+                if '_mAP' not in line:
+                    continue
+                try:
+                    logged = json.loads(line)
+                except ValueError:
+                    if line.endswith('\n'):
+                        raise
+                    continue  # killed while it was written
+                if metrics := _percent(logged):
+                    curve[logged['step']] = metrics
     newest = max(work_dir.glob('*/vis_data/config.py'))
-    config = Config.fromfile(newest)
+    with naming(newest, 'is no config of mmengine'):
+        config = Config.fromfile(newest)
     epochs = config.train_cfg.max_epochs
     tested = evaluations(work_dir)
     metrics = _percent(tested[-1]) if tested else curve.get(epochs, {})
     gpus = [int(found) for file in newest.parents[1].glob('*.log') for found in _GPUS.findall(file.read_text())]
     name = config.get('row') or next(work_dir.glob('*.py')).stem
     reproduced = work_dir / SETTINGS
-    row_run = json.loads(reproduced.read_text())['run'] if reproduced.is_file() else None
+    with naming(reproduced, 'is not what tools/reproduce.py writes'):
+        row_run = json.loads(reproduced.read_text())['run'] if reproduced.is_file() else None
     return Run(work_dir, name, row_run, {**settings_of(config), 'GPUs': gpus[-1]}, curve, metrics, epochs)
 
 

@@ -148,7 +148,12 @@ class Trial:
             unfinished = file.with_suffix('.tmp')
             unfinished.write_text(json.dumps(settings, indent=2))
             unfinished.replace(file)
-        elif json.loads(file.read_text()) != settings:
+            return
+        try:
+            begun = json.loads(file.read_text())
+        except ValueError as error:
+            raise SettingsChanged(f'{file}, which has its settings, is damaged ({error})') from error
+        if begun != settings:
             raise SettingsChanged(
                 f'it was begun with other settings ({file} has them); go on with those, or give another --work-dir'
             )
@@ -168,7 +173,7 @@ def evaluations(work_dir: Path) -> list[dict[str, Any]]:
             metrics = json.loads(file.read_text())
         except ValueError:  # killed while it was written
             continue
-        if any(key.endswith('_mAP') for key in metrics):
+        if isinstance(metrics, dict) and any(key.endswith('_mAP') for key in metrics):
             found.append(metrics)
     return found
 
