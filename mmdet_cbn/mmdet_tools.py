@@ -10,6 +10,8 @@ import mmdet
 import torch
 from torch import distributed
 
+from .errors import naming
+
 
 def find_tool(name: str) -> Path:
     """The path of the tool ``name`` (e.g. ``'train.py'``) that came with the installed mmdet.
@@ -25,12 +27,47 @@ def find_tool(name: str) -> Path:
     raise FileNotFoundError(f'mmdet {mmdet.__version__} in {package} came without its tools/{name}; reinstall mmdet')
 
 
+def name_annotations() -> None:
+    """Let errors of a COCO annotation file name it, which pycocotools and mmdet do not.
+
+    And let a file without some of the classes be one. mmdet would number the others, and leave out the objects of none
+    of them, until it finds nothing to train on.
+    """
+    from mmdet.datasets import CocoDataset
+    from mmdet.datasets.api_wrappers import COCO
+
+    read, load, prepare = COCO.__init__, CocoDataset.load_data_list, CocoDataset.full_init
+
+    def named_read(self: COCO, annotation_file: Any = None) -> None:
+        with naming(annotation_file, 'is no file of COCO annotations'):
+            read(self, annotation_file)
+
+    def checked_load(self: CocoDataset) -> list[dict]:
+        found = load(self)
+        classes = self.metainfo['classes']
+        if isinstance(classes, list | tuple) and len(self.cat_ids) < len(classes):
+            raise ValueError(
+                f'{self.ann_file} has categories of {len(self.cat_ids)} of the {len(classes)} classes that the config '
+                f'names: {", ".join(map(str, classes))}'
+            )
+        return found
+
+    def named_prepare(self: CocoDataset) -> None:
+        with naming(self.ann_file, 'has no COCO annotations that are of use here'):
+            prepare(self)
+
+    COCO.__init__, CocoDataset.load_data_list, CocoDataset.full_init = named_read, checked_load, named_prepare
+
+
 def run_tool(name: str) -> None:
     """Run the tool ``name`` of mmdet with the arguments of this process, its own help included.
+
+    Annotations that do not fit are errors that name the file, as :func:`name_annotations` has it.
 
     Raises:
         FileNotFoundError: As :func:`find_tool`; and whatever the tool raises.
     """
+    name_annotations()
     # mmengine's launcher chooses a GPU for each process, also where there is none to choose and gloo is the backend.
     ignored: AbstractContextManager[Any] = (
         nullcontext() if torch.cuda.is_available() else mock.patch.object(torch.cuda, 'set_device')

@@ -10,8 +10,12 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from mmdet.datasets import CocoDataset
+from mmdet.datasets.api_wrappers import COCO
+from mmdet.registry import DATASETS
+from mmengine.config import Config
 
-from mmdet_cbn.mmdet_tools import find_tool
+from mmdet_cbn.mmdet_tools import find_tool, name_annotations
 
 CONFIG = ROOT / 'configs' / 'small' / 'r18_shapes.py'
 SMALL_RUN = [
@@ -66,6 +70,49 @@ def test_train_resume_and_test(run, tmp_path):
     )
     assert 'Average Precision  (AP) @[ IoU=0.50:0.95' in log
     assert len(list(tmp_path.glob('work_dirs/**/pictures/**/*.png'))) == 4
+
+
+@pytest.mark.parametrize('split', ['train', 'val'])
+@pytest.mark.parametrize(
+    'damage',
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: '',
+        lambda text: '[]',
+        lambda text: '{}',
+        lambda text: text.replace('image_id', 'picture'),
+        lambda text: text.replace('file_name', 'name'),
+        lambda text: text.replace('bbox', 'frame'),
+        lambda text: text.replace('"circle"', '"disc"'),
+        lambda text: text.replace('"id": 1', '"id": "1"'),
+    ],
+)
+def test_annotations_that_do_not_fit_are_an_error_that_names_the_file(
+    split, damage, shapes_root, tmp_path, monkeypatch
+):
+    for owner, name in ((COCO, '__init__'), (CocoDataset, 'load_data_list'), (CocoDataset, 'full_init')):
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # to be put back afterwards
+    name_annotations()
+    monkeypatch.setenv('SHAPES_ROOT', str(tmp_path))
+    for name in ('train', 'val'):
+        text = (shapes_root / 'annotations' / f'instances_{name}2017.json').read_text()
+        file = tmp_path / 'annotations' / f'instances_{name}2017.json'
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(damage(text) if name == split else text)
+    dataset = Config.fromfile(CONFIG)[f'{split}_dataloader'].dataset
+    with pytest.raises((RuntimeError, ValueError), match=rf'instances_{split}2017\.json (is|has) '):
+        DATASETS.build(dataset)
+
+
+def test_the_tool_names_annotations_that_are_cut_off(run, shapes_root, tmp_path):
+    (tmp_path / 'annotations').mkdir()
+    for name in ('train', 'val'):
+        text = (shapes_root / 'annotations' / f'instances_{name}2017.json').read_text()
+        (tmp_path / 'annotations' / f'instances_{name}2017.json').write_text(text[:99])
+    with pytest.raises(
+        AssertionError, match=r'RuntimeError: .*instances_train2017\.json is no file of COCO annotations'
+    ):
+        run('python', ROOT / 'tools/train.py', CONFIG, *SMALL_RUN, SHAPES_ROOT=str(tmp_path))
 
 
 def test_mmdets_own_tool_trains_through_custom_imports(run):
