@@ -25,4 +25,4 @@ lint: env
 	.venv/bin/mypy
 
 clean:
-	rm -rf .venv .venv-onedl build mmdet_cbn.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-onedl build mmdet_cbn.egg-info .hypothesis .mypy_cache .ruff_cache .pytest_cache

@@ -12,6 +12,7 @@ from torch import Tensor
 
 
 class Past(NamedTuple):
+    y: Tensor
     theta: Tensor
     mu: Tensor
     nu: Tensor
@@ -20,14 +21,18 @@ class Past(NamedTuple):
 
 
 class OracleCBN:
-    """conv + CBN. ``conv_args`` are stride, padding, dilation and groups of ``F.conv2d``."""
+    """conv + CBN. ``conv_args`` are stride, padding, dilation and groups of ``F.conv2d``.
+
+    Order 2 is the left side of Eq. 5 and 6: what the old batch's mu and nu are under theta_t. The series ends there, as
+    mu is linear in the weights of the layer, and nu quadratic.
+    """
 
     def __init__(self, window_size: int, order: int = 1, eps: float = 1e-5, **conv_args) -> None:
         self.window_size, self.order, self.eps, self.conv_args = window_size, order, eps, conv_args
         self.past: list[Past] = []
 
     def __call__(self, y: Tensor, theta: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-        def statistics(weight: Tensor) -> tuple[Tensor, Tensor]:
+        def statistics(weight: Tensor, y: Tensor = y) -> tuple[Tensor, Tensor]:
             x = F.conv2d(y.detach(), weight, **self.conv_args)
             return x.mean(dim=(0, 2, 3)), x.square().mean(dim=(0, 2, 3))
 
@@ -40,14 +45,20 @@ class OracleCBN:
                 delta = (theta.detach() - past.theta).flatten()
                 mu = mu + past.dmu.flatten(1) @ delta
                 nu = nu + past.dnu.flatten(1) @ delta
+            elif self.order == 2:
+                mu, nu = statistics(theta.detach(), past.y)
             mus.append(mu)
             nus.append(torch.maximum(nu, mu**2))
         mu_bar = torch.stack(mus).mean(dim=0)  # Eq. 9
         nu_bar = torch.stack(nus).mean(dim=0)  # Eq. 10
-        sigma_bar = (nu_bar - mu_bar**2).sqrt()  # Eq. 11
-        x_hat = (x - mu_bar[:, None, None]) / (sigma_bar[:, None, None] ** 2 + self.eps).sqrt()  # Eq. 12
+        # Eq. 11, squared as Eq. 12 wants it: the gradient of the root is infinite where all values are one.
+        var_bar = nu_bar - mu_bar**2
+        self.deviation = (var_bar + self.eps).sqrt().detach()
+        x_hat = (x - mu_bar[:, None, None]) / (var_bar[:, None, None] + self.eps).sqrt()  # Eq. 12
 
         weights = theta.detach()
         dmu, dnu = torch.autograd.functional.jacobian(statistics, weights)
-        self.past = [Past(weights.clone(), mu_t.detach(), nu_t.detach(), dmu, dnu), *self.past][: self.window_size - 1]
+        self.past = [Past(y.detach(), weights.clone(), mu_t.detach(), nu_t.detach(), dmu, dnu), *self.past][
+            : self.window_size - 1
+        ]
         return gamma[:, None, None] * x_hat + beta[:, None, None]  # Eq. 4
