@@ -75,7 +75,8 @@ class BRN(nn.BatchNorm2d):
             allowed = 'a number from 0 to 1 or None'
             momentum = check_real('BRN', 'momentum', momentum, allowed, lambda value: 0 <= value <= 1)
         affine = check_bool('BRN', 'affine', affine)
-        if not check_bool('BRN', 'track_running_stats', track_running_stats):
+        track_running_stats = check_bool('BRN', 'track_running_stats', track_running_stats)
+        if not track_running_stats:
             raise ValueError(
                 'BRN: track_running_stats must be True, for the batch is corrected towards the running statistics, '
                 f'got {track_running_stats}'

@@ -23,6 +23,7 @@ from .statistics import (
     batch_statistics,
     compensate,
     compensate_samples,
+    pad_samples,
     sampled_statistics,
     statistics_gradients,
     window_statistics,
@@ -395,7 +396,8 @@ class CBN(nn.BatchNorm2d):
             return NaiveStatistics(mean, var)
         if self.samples is None:
             return CompensatedStatistics(mean, var, *statistics_gradients(input, batch_mean, conv))
-        return sampled_statistics(input, mean, var, conv, self.samples, start=self._random.random())
+        kept = sampled_statistics(input, mean, var, conv, self.samples, start=self._random.random())
+        return pad_samples(kept, self.samples)
 
     def _past_statistics(self, conv: ConvCall | None) -> tuple[Tensor, Tensor] | None:
         """mu' and var' of the earlier iterations, [n, C] each; None if there are none."""
@@ -456,7 +458,7 @@ class CBN(nn.BatchNorm2d):
 
 def _may_be(name: str, statistics: Tensor, num_features: int) -> bool:
     """Whether the stacked ``statistics`` can be the member ``name`` of a window's, of a layer of ``num_features``."""
-    of_inputs = dict(mean_grad=4, patches=3)
+    of_inputs = dict(mean_grad=4, patches=3, share=2)
     if name in of_inputs:
         return statistics.dim() == of_inputs[name]
     return statistics.dim() == (5 if name == 'var_grad' else 2) and statistics.size(1) == num_features

@@ -25,6 +25,7 @@ torch.no_grad().
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
@@ -58,6 +59,7 @@ class SampledStatistics(NamedTuple):
     mean: Tensor  #: mu_tau, [C_out]
     var: Tensor  #: var_tau, [C_out]
     patches: Tensor  #: p, [n, C_in * kh * kw]
+    share: Tensor  #: of each patch in the sample, [n]: 1 / n, and 0 where there were fewer positions
     sample_mean: Tensor  #: mean over the sample under theta_tau, [C_out]
     sample_var: Tensor  #: biased variance over the sample under theta_tau, [C_out]
 
@@ -175,7 +177,7 @@ def sampled_statistics(
         mean: Mean of ``x`` without the bias, [C_out], in the precision of the statistics.
         var: Variance of ``x``, [C_out].
         conv: The call that made ``x``.
-        samples: n; where there are no more positions than that, all are taken.
+        samples: How many positions; where there are no more than that, all are taken.
         start: Random number from 0 to 1 that chooses the positions.
     """
     count, (height, width) = x.numel() // x.size(1), x.shape[2:]
@@ -195,7 +197,17 @@ def sampled_statistics(
             outputs = outputs - conv.bias
     else:  # lest the difference from the current weights be that between two precisions
         outputs = _outputs(patches, conv.weight.to(mean.dtype), conv.groups)
-    return SampledStatistics(mean, var, patches, *_over_samples(outputs))
+    share = mean.new_full((len(patches),), 1 / len(patches))
+    return SampledStatistics(mean, var, patches, share, *_over_samples(outputs, share))
+
+
+def pad_samples(statistics: SampledStatistics, samples: int) -> SampledStatistics:
+    """The same with ``samples`` patches, the last of which do not count: a window wants as many of each iteration."""
+    missing = samples - len(statistics.patches)
+    if missing == 0:
+        return statistics
+    patches, share = F.pad(statistics.patches, (0, 0, 0, missing)), F.pad(statistics.share, (0, missing))
+    return statistics._replace(patches=patches, share=share)
 
 
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
@@ -219,10 +231,11 @@ def _patches(conv: ConvCall, image: Tensor, row: Tensor, column: Tensor) -> Tens
     return patches.permute(0, 3, 1, 2).flatten(1)
 
 
-def _over_samples(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance over n samples [..., n, C_out], [..., C_out] each."""
-    mean = x.mean(dim=-2)  # not torch.var_mean, which takes ten times as long on the CPU
-    return mean, (x - mean.unsqueeze(-2)).square_().mean(dim=-2)
+def _over_samples(x: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance over n samples [..., n, C_out] with a ``share`` [..., n] each; [..., C_out] each."""
+    share = share.unsqueeze(-2)
+    mean = share @ x
+    return mean.squeeze(-2), (share @ (x - mean).square_()).squeeze(-2)
 
 
 def compensate_samples(past: SampledStatistics, weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -237,7 +250,7 @@ def compensate_samples(past: SampledStatistics, weight: Tensor, groups: int) -> 
         mu' and var' of each earlier iteration, [n, C_out] each.
     """
     x = _outputs(past.patches.flatten(0, 1), weight.to(past.mean.dtype), groups)
-    mean, var = _over_samples(x.unflatten(0, past.patches.shape[:2]))
+    mean, var = _over_samples(x.unflatten(0, past.patches.shape[:2]), past.share)
     return past.mean + (mean - past.sample_mean), (past.var + (var - past.sample_var)).clamp_(min=0)
 
 

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from oracle import OracleCBN
 from test_cbn import CONVOLUTIONS, batches, conv_and_norm, loss_of
 from test_statistics import stacked
 from torch import nn
@@ -148,3 +149,15 @@ def test_in_mixed_precision_unchanged_weights_change_nothing():
     assert past.mean.dtype == torch.float32
     torch.testing.assert_close(mean, past.mean, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(var, past.var, rtol=1e-5, atol=1e-6)
+
+
+def test_where_there_are_fewer_positions_the_window_goes_on_and_is_exact():
+    """However many there are: as small maps of images of unlike sizes."""
+    model, oracle = conv_and_norm(window_size=4, samples=64), OracleCBN(4, order=2, padding=1)
+    for number, (height, width) in enumerate([(4, 5), (3, 3), (5, 6), (4, 5), (2, 3), (5, 6)]):
+        (x,) = batches(1, seed=number, shape=(2, 4, height, width))
+        y = model(x)
+        torch.testing.assert_close(y, oracle(x, model[0].weight, model[1].weight, model[1].bias))
+        assert model[1].window_length == min(number + 1, 4)
+        with torch.no_grad():
+            model[0].weight.add_(0.1 * torch.randn_like(model[0].weight))
