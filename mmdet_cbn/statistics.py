@@ -198,7 +198,8 @@ def sampled_statistics(
     else:  # lest the difference from the current weights be that between two precisions
         outputs = _outputs(patches, conv.weight.to(mean.dtype), conv.groups)
     share = mean.new_full((len(patches),), 1 / len(patches))
-    return SampledStatistics(mean, var, patches, share, *_over_samples(outputs, share))
+    sample_mean, sample_var = _over_samples(outputs.unsqueeze(0), share.unsqueeze(0))
+    return SampledStatistics(mean, var, patches, share, sample_mean.squeeze(0), sample_var.squeeze(0))
 
 
 def pad_samples(statistics: SampledStatistics, samples: int) -> SampledStatistics:
@@ -232,10 +233,10 @@ def _patches(conv: ConvCall, image: Tensor, row: Tensor, column: Tensor) -> Tens
 
 
 def _over_samples(x: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance over n samples [..., n, C_out] with a ``share`` [..., n] each; [..., C_out] each."""
-    share = share.unsqueeze(-2)
-    mean = share @ x
-    return mean.squeeze(-2), (share @ (x - mean).square_()).squeeze(-2)
+    """Mean and biased variance over samples with a ``share`` [k, n] each, of k iterations [k, n, C_out]; [k, C_out]."""
+    share = share.unsqueeze(1)
+    mean = torch.bmm(share, x)
+    return mean.squeeze(1), torch.bmm(share, (x - mean).square_()).squeeze(1)
 
 
 def compensate_samples(past: SampledStatistics, weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
