@@ -20,11 +20,14 @@ from .statistics import (
     CompensatedStatistics,
     NaiveStatistics,
     SampledStatistics,
+    SecondOrderStatistics,
     batch_statistics,
     compensate,
     compensate_samples,
+    compensate_second_order,
     pad_samples,
     sampled_statistics,
+    second_order_gradients,
     statistics_gradients,
     window_statistics,
 )
@@ -62,10 +65,10 @@ class CBN(nn.BatchNorm2d):
     state dict and fills anew after loading, unless :class:`CBNBurnInHook` keeps it for a resumed run.
 
     Where the paper is silent: statistics of inf or NaN enter neither the window nor the running statistics. With
-    ``order=1`` a bias of the convolution cancels and receives no gradient. Statistics are float32 or better, whatever
-    the precision of the input. A layer that is called several times an iteration (a head shared by the levels of an
-    FPN, a norm behind two convolutions) keeps a window for each call, in their order. An iteration ends with a backward
-    pass through the layer, so that with gradient accumulation the micro-batches count. Double backward is not
+    ``order`` 1 or 2 a bias of the convolution cancels and receives no gradient. Statistics are float32 or better,
+    whatever the precision of the input. A layer that is called several times an iteration (a head shared by the levels
+    of an FPN, a norm behind two convolutions) keeps a window for each call, in their order. An iteration ends with a
+    backward pass through the layer, so that with gradient accumulation the micro-batches count. Double backward is not
     supported.
 
     Args:
@@ -77,7 +80,9 @@ class CBN(nn.BatchNorm2d):
         window_size: The paper's k, the current iteration included. ``'auto'`` stands for
             min(ceil(16 / images per GPU), 8) (section 4.3), which :class:`CBNBurnInHook` puts in from the train
             dataloader.
-        order: 1 for the paper's compensation; 0 for none (Naive CBN), which needs no convolution.
+        order: 1 for the paper's compensation; 0 for none (Naive CBN), which needs no convolution; 2 for a Taylor
+            polynomial of second order (Table 9), which is exact for the layer, and slow: it keeps the covariance of the
+            patches, (C_in / groups kh kw)^2 numbers for each group and earlier iteration.
         samples: None for the paper's compensation by gradients at all positions. A number, as 64, for one by so many
             positions of each iteration, drawn at random: mean and variance change as they do at these. It needs no
             gradient and has no error from ending the Taylor series, but one from sampling: with all positions it is
@@ -99,7 +104,7 @@ class CBN(nn.BatchNorm2d):
         TypeError: An argument of the wrong type.
         ValueError: An argument of a value that is not allowed; in training, one value a channel, as in torch.
         RuntimeError: In training, an input of another number of channels; in the first training forward with
-            ``order=1``, if no supported convolution feeds the layer; in training with ``window_size='auto'``, if
+            ``order`` 1 or 2, if no supported convolution feeds the layer; in training with ``window_size='auto'``, if
             nothing has put in a number; in training under ``torch.export``.
     """
 
@@ -125,14 +130,12 @@ class CBN(nn.BatchNorm2d):
         track_running_stats = check_bool('CBN', 'track_running_stats', track_running_stats)
         check_device_and_dtype('CBN', device, dtype)
         order = check_int('CBN', 'order', order, at_least=0)
-        if order > 1:
-            raise ValueError(f'CBN: order must be 0 (Naive CBN) or 1 (first-order compensation), got {shown(order)}')
+        if order > 2:
+            raise ValueError(f'CBN: order must be 0 (Naive CBN), 1 or 2 (of the Taylor polynomial), got {shown(order)}')
         if samples is not None:
             samples = check_int('CBN', 'samples', samples, at_least=2, alternative=' or None')
-            if order == 0:
-                raise ValueError(
-                    f'CBN: samples must be None with order=0, which compensates for nothing, got {samples}'
-                )
+            if order != 1:
+                raise ValueError(f'CBN: samples must be None with order={order}, got {samples}; they go with order=1')
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         self.order = order
         self.samples = samples
@@ -241,7 +244,9 @@ class CBN(nn.BatchNorm2d):
             ValueError, TypeError, KeyError: It is something else, or that of a layer with another window size.
         """
         self.forget_window()
-        self._windows.load(state['windows'], [CompensatedStatistics, SampledStatistics, NaiveStatistics])
+        self._windows.load(
+            state['windows'], [NaiveStatistics, CompensatedStatistics, SecondOrderStatistics, SampledStatistics]
+        )
         for window in self._windows:
             past = window.stacked()
             if past is not None and not all(
@@ -391,9 +396,11 @@ class CBN(nn.BatchNorm2d):
 
     def _statistics_to_keep(
         self, input: Tensor, batch_mean: Tensor, mean: Tensor, var: Tensor, conv: ConvCall | None
-    ) -> NaiveStatistics | CompensatedStatistics | SampledStatistics:
+    ) -> NaiveStatistics | CompensatedStatistics | SecondOrderStatistics | SampledStatistics:
         if conv is None:
             return NaiveStatistics(mean, var)
+        if self.order == 2:
+            return SecondOrderStatistics(mean, var, *second_order_gradients(input, batch_mean, conv))
         if self.samples is None:
             return CompensatedStatistics(mean, var, *statistics_gradients(input, batch_mean, conv))
         kept = sampled_statistics(input, mean, var, conv, self.samples, start=self._random.random())
@@ -411,6 +418,9 @@ class CBN(nn.BatchNorm2d):
         if isinstance(past, SampledStatistics):
             fits = past.patches.size(-1) * conv.weight.size(0) == conv.weight.numel() * conv.groups
             return compensate_samples(past, conv.weight, conv.groups) if fits else None
+        if isinstance(past, SecondOrderStatistics):
+            fits = past.mean_grad.shape[1:] == (conv.weight.size(1) * conv.groups, *conv.weight.shape[2:])
+            return compensate_second_order(past, conv.weight, conv.groups) if fits else None
         fits = past.var_grad.shape[1:] == conv.weight.shape
         return compensate(past, conv.weight, conv.groups) if fits else None
 
@@ -458,7 +468,7 @@ class CBN(nn.BatchNorm2d):
 
 def _may_be(name: str, statistics: Tensor, num_features: int) -> bool:
     """Whether the stacked ``statistics`` can be the member ``name`` of a window's, of a layer of ``num_features``."""
-    of_inputs = dict(mean_grad=4, patches=3, share=2)
+    of_inputs = dict(mean_grad=4, covariance=4, patches=3, share=2)
     if name in of_inputs:
         return statistics.dim() == of_inputs[name]
     return statistics.dim() == (5 if name == 'var_grad' else 2) and statistics.size(1) == num_features

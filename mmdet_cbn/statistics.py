@@ -50,6 +50,23 @@ class NaiveStatistics(NamedTuple):
     var: Tensor  #: var_tau, [C_out]
 
 
+class SecondOrderStatistics(NamedTuple):
+    """What the window keeps of one iteration tau for second-order compensation (stacked: with a leading axis of n).
+
+    mu is linear in theta and var is quadratic, so the Taylor polynomial of second order is exact for the layer:
+    var = theta . Cov(p) theta.
+    """
+
+    mean: Tensor  #: mu_tau, [C_out]
+    var: Tensor  #: var_tau, [C_out]
+    mean_grad: Tensor  #: dmu_j / dtheta_j = E[p], [C_in, kh, kw]
+    covariance: (
+        Tensor  #: Cov(p), half of the second derivative of var_j in theta_j, [groups, D, D], D = C_in / groups kh kw
+    )
+    mean_product: Tensor  #: dmu/dtheta . theta_tau, [C_out]
+    var_product: Tensor  #: theta_tau . Cov(p) theta_tau, [C_out]
+
+
 class SampledStatistics(NamedTuple):
     """What the window keeps of one iteration tau for compensation by n samples (stacked: with a leading axis).
 
@@ -112,6 +129,58 @@ def statistics_gradients(x: Tensor, mean: Tensor, conv: ConvCall) -> tuple[Tenso
     return mean_grad, var_grad, mean_product.squeeze(0), var_product.squeeze(0)
 
 
+def second_order_gradients(x: Tensor, mean: Tensor, conv: ConvCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """First and second derivatives of the current iteration's statistics in theta_t.
+
+    Args:
+        x: Output of the convolution, bias included, [N, C_out, H, W].
+        mean: Mean of ``x``, [C_out], in the precision of the statistics.
+        conv: The call that made ``x``.
+
+    Returns:
+        The last four members of :class:`SecondOrderStatistics`.
+    """
+    positions = x.numel() // x.size(1)
+    inputs, theta = conv.input.to(mean.dtype), conv.weight.to(mean.dtype)
+    mean_grad = _input_sums(inputs, x, conv) / positions
+    center = mean_grad.view(conv.groups, -1, 1)
+    covariance = theta.new_zeros(conv.groups, center.size(1), center.size(1))
+    of_an_image = mean_grad.numel() * positions // len(x)  # kh kw times as much as of the input
+    for images in inputs.split(max(1, _NUMBERS_AT_ONCE // of_an_image)):
+        patches = _all_patches(images, x, conv) - center
+        covariance.baddbmm_(patches, patches.mT)
+    covariance /= positions
+    mean_product = _first_product(mean_grad.unsqueeze(0), theta, conv.groups)
+    var_product = _quadratic(covariance.unsqueeze(0), theta)
+    return mean_grad, covariance, mean_product.squeeze(0), var_product.squeeze(0)
+
+
+def _all_patches(inputs: Tensor, x: Tensor, conv: ConvCall) -> Tensor:
+    """The input under the kernel at all positions, [groups, D, positions]."""
+    (top, left), (kernel_height, kernel_width) = conv.padding, conv.weight.shape[2:]
+    seen = F.pad(inputs, (left, left, top, top))
+    seen = _shifted(seen, 2, kernel_height, x.size(2), conv.stride[0], conv.dilation[0])  # [n, C, kh, H, .]
+    seen = _shifted(seen, 4, kernel_width, x.size(3), conv.stride[1], conv.dilation[1])  # [n, C, kh, H, kw, W]
+    seen = seen.permute(1, 2, 4, 0, 3, 5)
+    return seen.reshape(conv.groups, -1, len(inputs) * x.size(2) * x.size(3))
+
+
+def _shifted(seen: Tensor, axis: int, elements: int, size: int, stride: int, dilation: int) -> Tensor:
+    """What each kernel element sees along an axis, ``size`` long, with a new axis of kernel elements before it."""
+    reach = (size - 1) * stride + 1
+    return torch.stack([_slice(seen, axis, i * dilation, i * dilation + reach, stride) for i in range(elements)], axis)
+
+
+_NUMBERS_AT_ONCE = 2**24
+
+
+def _quadratic(covariance: Tensor, theta: Tensor) -> Tensor:
+    """theta . Cov(p) theta of n iterations, [n, C_out]."""
+    groups = covariance.size(1)
+    by_group = theta.reshape(groups, len(theta) // groups, -1)
+    return torch.linalg.vecdot(by_group @ covariance, by_group).flatten(1)
+
+
 def _input_sums(inputs: Tensor, x: Tensor, conv: ConvCall) -> Tensor:
     """Sum of the patches p over batch and positions, [C_in, kh, kw].
 
@@ -135,10 +204,14 @@ def _products(mean_grad: Tensor, var_grad: Tensor, theta: Tensor, groups: int) -
     The result for one iteration does not depend on how many there are, down to the last bit on the CPU: so weights that
     have not changed since make no correction at all. That is not so for matrix products.
     """
-    n, theta = len(mean_grad), theta.reshape(groups, len(theta) // groups, -1)
-    by_mean = torch.linalg.vecdot(mean_grad.reshape(n, groups, 1, -1), theta)
-    by_var = torch.linalg.vecdot(var_grad.reshape(n, *theta.shape), theta)
-    return by_mean.flatten(1), by_var.flatten(1)
+    by_var = torch.linalg.vecdot(var_grad.reshape(len(var_grad), len(theta), -1), theta.flatten(1))
+    return _first_product(mean_grad, theta, groups), by_var
+
+
+def _first_product(mean_grad: Tensor, theta: Tensor, groups: int) -> Tensor:
+    """dmu/dtheta . theta of n iterations, [n, C_out]."""
+    by_group = theta.reshape(groups, len(theta) // groups, -1)
+    return torch.linalg.vecdot(mean_grad.reshape(len(mean_grad), groups, 1, -1), by_group).flatten(1)
 
 
 def _outputs(patches: Tensor, theta: Tensor, groups: int) -> Tensor:
@@ -165,6 +238,23 @@ def compensate(past: CompensatedStatistics, weight: Tensor, groups: int) -> tupl
     mean_change = mean_product - past.mean_product
     var_change = var_product - past.var_product
     return past.mean + mean_change, (past.var + var_change - mean_change.square()).clamp(min=0)
+
+
+def compensate_second_order(past: SecondOrderStatistics, weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Statistics of earlier iterations under the current weights, exact where the layers before have not changed.
+
+    Args:
+        past: Statistics of n earlier iterations, stacked.
+        weight: theta_t, [C_out, C_in / groups, kh, kw].
+        groups: Groups of the convolution.
+
+    Returns:
+        mu' and var' of each earlier iteration, [n, C_out] each.
+    """
+    theta = weight.to(past.mean.dtype)
+    mean_change = _first_product(past.mean_grad, theta, groups) - past.mean_product
+    var_change = _quadratic(past.covariance, theta) - past.var_product
+    return past.mean + mean_change, (past.var + var_change).clamp_(min=0)
 
 
 def sampled_statistics(

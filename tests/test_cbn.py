@@ -60,7 +60,7 @@ def loss_of(y):
     return (weight * y + 0.1 * y**2).sum() / len(y)
 
 
-@pytest.mark.parametrize('order', [0, 1])
+@pytest.mark.parametrize('order', [0, 1, 2])
 @pytest.mark.parametrize('name', CONVOLUTIONS)
 def test_output_and_gradients_are_the_oracles_over_sgd_steps(name, order):
     model = conv_and_norm(conv=CONVOLUTIONS[name], window_size=3, order=order)
@@ -504,7 +504,7 @@ def test_a_copy_has_a_window_and_convolution_of_its_own(clone, samples):
     assert twin[1].window_length == 3
 
 
-@pytest.mark.parametrize('kind', [dict(), dict(order=0), dict(samples=8)], ids=str)
+@pytest.mark.parametrize('kind', [dict(), dict(order=0), dict(order=2), dict(samples=8)], ids=str)
 @pytest.mark.parametrize('use_reentrant', [False, True])
 def test_a_checkpointed_block_sees_the_same_window_twice_and_advances_it_once(use_reentrant, kind):
     model, plain = (conv_and_norm(window_size=3, **kind) for _ in range(2))
@@ -624,7 +624,7 @@ def test_one_value_a_channel_is_an_error_as_in_batchnorm():
         (dict(window_size=2.5), TypeError, "window_size must be an int >= 1 or 'auto', got 2.5"),
         (dict(window_size=True), TypeError, 'window_size must be'),
         (dict(window_size='automatic'), TypeError, "window_size must be an int >= 1 or 'auto', got 'automatic'"),
-        (dict(order=2), ValueError, r'order must be 0 \(Naive CBN\) or 1 \(first-order compensation\), got 2'),
+        (dict(order=3), ValueError, r'order must be 0 \(Naive CBN\), 1 or 2 \(of the Taylor polynomial\), got 3'),
         (dict(order=-1), ValueError, 'order must be'),
         (dict(order=1.0), TypeError, 'order must be'),
         (dict(samples=1), ValueError, 'samples must be an int >= 2 or None, got 1'),
@@ -637,7 +637,8 @@ def test_one_value_a_channel_is_an_error_as_in_batchnorm():
         (dict(dtype='float32'), TypeError, "CBN: dtype must be a torch.dtype or None, got 'float32' of type str"),
         (dict(dtype=torch.int32), ValueError, 'CBN: dtype must be one of .*, got torch.int32'),
         (dict(device='gpu'), ValueError, "CBN: device must be a device of torch or None, got 'gpu'"),
-        (dict(samples=64, order=0), ValueError, 'samples must be None with order=0, .* got 64'),
+        (dict(samples=64, order=0), ValueError, 'samples must be None with order=0, got 64'),
+        (dict(samples=64, order=2), ValueError, 'samples must be None with order=2, got 64'),
     ],
 )
 def test_wrong_arguments_are_named(arguments, error, message):

@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from mmdet_cbn import CBN
 from mmdet_cbn.convolution import _watch
 
-KINDS = pytest.mark.parametrize('kind', [dict(), dict(order=0), dict(samples=20)], ids=str)
+KINDS = pytest.mark.parametrize('kind', [dict(), dict(order=0), dict(order=2), dict(samples=20)], ids=str)
 BACKENDS = pytest.mark.parametrize('backend', ['aot_eager', 'inductor'])
 
 

@@ -36,7 +36,7 @@ class Context(SimpleNamespace):
         self.saved_tensors = tensors
 
 
-@pytest.mark.parametrize(('order', 'samples'), [(0, None), (1, None), (1, 8)])
+@pytest.mark.parametrize(('order', 'samples'), [(0, None), (1, None), (2, None), (1, 8)])
 @pytest.mark.parametrize('momentum', [0.1, None])
 @pytest.mark.parametrize('bias', [False, True])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16])

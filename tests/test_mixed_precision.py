@@ -10,7 +10,7 @@ from test_training import losses, retinanet
 from mmdet_cbn import CBN
 
 HALF = pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
-KINDS = pytest.mark.parametrize('kind', [dict(), dict(order=0), dict(samples=20)], ids=str)
+KINDS = pytest.mark.parametrize('kind', [dict(), dict(order=0), dict(order=2), dict(samples=20)], ids=str)
 
 
 @pytest.mark.parametrize('kind', [dict(), dict(samples=64)], ids=str)

@@ -84,11 +84,11 @@ def trainings(draw):
     """A convolution, a layer behind it, and the inputs of some iterations."""
     conv = draw(convolutions())
     dtype = draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
-    order = draw(st.integers(0, 1))
+    order = draw(st.integers(0, 2))
     norm = dict(
         window_size=draw(st.integers(1, 5)),
         order=order,
-        samples=draw(st.sampled_from([None, None, 2, 7, ALL])) if order else None,
+        samples=draw(st.sampled_from([None, None, 2, 7, ALL])) if order == 1 else None,
         eps=draw(st.sampled_from([1e-5, 1e-12, 0.1, 1e4])),
         momentum=draw(st.sampled_from([0.1, None, 0, 0.9, 1])),
         affine=draw(st.booleans()),
@@ -244,13 +244,13 @@ class Standardized(nn.Conv2d):
         dict(kernel_size=st.integers(1, 3), stride=st.integers(1, 2), padding=st.just(0), bias=st.booleans())
     ),
     norm=st.fixed_dictionaries(
-        dict(window_size=st.integers(1, 3), order=st.integers(0, 1), affine=st.booleans(), momentum=st.just(None))
+        dict(window_size=st.integers(1, 3), order=st.integers(0, 2), affine=st.booleans(), momentum=st.just(None))
     ),
 )
 def test_what_it_cannot_compensate_for_is_refused_with_a_remedy_which_works(kind, conv, norm):
     x = torch.randn(2, 2, 6, 5)
     model = nn.Sequential(kind(2, 3, **conv), CBN(3, **norm))
-    if norm['order'] == 1 and norm['window_size'] > 1:
+    if norm['order'] > 0 and norm['window_size'] > 1:
         with pytest.raises(RuntimeError, match=r"CBN layer '1' .* Use order=0"):
             model(x)
         model[1] = CBN(3, **{**norm, 'order': 0})
@@ -416,7 +416,7 @@ def same(ours, theirs):
     return torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
 
 
-@pytest.mark.parametrize('kind', [dict(), dict(order=0), dict(samples=8)], ids=str)
+@pytest.mark.parametrize('kind', [dict(), dict(order=0), dict(order=2), dict(samples=8)], ids=str)
 @given(damage=damages())
 def test_a_damaged_window_file_is_refused_by_name_and_the_layer_starts_anew(folder, kind, damage):
     torch.manual_seed(0)
