@@ -6,16 +6,13 @@ compiled.
 """
 
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
 from .statistics import statistics_dtype
-
-if TYPE_CHECKING:
-    from .cbn import CBN
 
 # An operator takes tensors and numbers: so modules have numbers. They go with the module, no copy has the same.
 _numbers: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
@@ -62,8 +59,8 @@ def window_statistics(
         conv: Number of the convolution, if there is a ``conv_input``.
         learning: Whether a backward pass may follow.
     """
-    norm: CBN = _modules[layer]  # type: ignore[assignment]
-    feeding: Any = None if conv_input is None else (_modules[conv], conv_input)
+    norm: Any = _modules[layer]
+    feeding = None if conv_input is None else (_modules[conv], conv_input)
     mean, var, share, call = norm._window_statistics(x, feeding, running_mean, running_var, num_batches_tracked)
     norm._windows.compiled_call = call if learning else None
     return mean, var, share
@@ -78,7 +75,7 @@ def _(x: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
 @torch.library.custom_op('mmdet_cbn::go_back', mutates_args=(), tags=_TAGS)
 def go_back(share: Tensor, dy: Tensor, layer: int) -> Tensor:
     """Tell a layer that the backward pass has come to it, with ``dy``. ``share`` comes out as it went in."""
-    norm: CBN = _modules[layer]  # type: ignore[assignment]
+    norm: Any = _modules[layer]
     if norm._windows.compiled_call is not None:
         norm._windows.compiled_call.go_back()
     return share.clone()
