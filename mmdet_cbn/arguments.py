@@ -90,6 +90,26 @@ def check_bool(owner: str, name: str, value: Any) -> bool:
     return bool(value)
 
 
+def check_choice(owner: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise unless ``value`` is one of ``choices``.
+
+    Args:
+        owner: Class that was given the argument.
+        name: Name of the argument.
+        value: What came.
+        choices: What is allowed.
+
+    Raises:
+        TypeError: Not a string.
+        ValueError: Another string.
+    """
+    allowed = ' or '.join(map(repr, choices))
+    if not isinstance(value, str):
+        raise _of_wrong_type(owner, name, allowed, value)
+    if value not in choices:
+        raise ValueError(f'{owner}: {name} must be {allowed}, got {shown(value)}')
+
+
 def check_names(owner: str, name: str, value: Any) -> None:
     """Raise unless ``value`` is a str, a list or tuple of one or more, or None.
 

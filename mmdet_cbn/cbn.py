@@ -11,7 +11,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from . import compiled
-from .arguments import check_bool, check_device_and_dtype, check_int, check_names, check_real, shown
+from .arguments import check_bool, check_choice, check_device_and_dtype, check_int, check_names, check_real, shown
 from .calls import Call, CallWindows, FirstRun
 from .conversion import active_norms, become, under
 from .convolution import ConvCall, ConvFinder, unsupported_because
@@ -60,7 +60,7 @@ class CBN(nn.BatchNorm2d):
     Taylor polynomial of first order (Eq. 7 to 12, Algorithm 1). The layer finds that convolution by itself:
     ``norm(conv(x))`` is all that is needed.
 
-    Everything else is ``nn.BatchNorm2d``: evaluation, running statistics (of the current batch alone), parameters,
+    Everything else is ``nn.BatchNorm2d``: evaluation, running statistics (see ``running_stats``), parameters,
     checkpoints, and training with ``window_size=1``, during burn-in, or on an empty input. The window is no part of the
     state dict and fills anew after loading, unless :class:`CBNBurnInHook` keeps it for a resumed run.
 
@@ -88,6 +88,9 @@ class CBN(nn.BatchNorm2d):
             gradient and has no error from ending the Taylor series, but one from sampling: with all positions it is
             exact for the layer (second order), and as the number grows it tends to that. Random numbers are drawn from
             a stream of the layer's own, of ``torch.initial_seed()``.
+        running_stats: Which statistics the running averages record in training: ``'batch'``, those of the current
+            batch, as in BatchNorm and in the authors' code; or ``'window'``, those that the layer normalized with, so
+            that evaluation scales as training did: their variance contains the one between iterations.
         device: Of parameters and buffers, as in torch.
         dtype: Of parameters and buffers, as in torch.
 
@@ -118,6 +121,7 @@ class CBN(nn.BatchNorm2d):
         window_size: int | Literal['auto'] = 4,
         order: int = 1,
         samples: int | None = None,
+        running_stats: Literal['batch', 'window'] = 'batch',
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -136,9 +140,11 @@ class CBN(nn.BatchNorm2d):
             samples = check_int('CBN', 'samples', samples, at_least=2, alternative=' or None')
             if order != 1:
                 raise ValueError(f'CBN: samples must be None with order={order}, got {samples}; they go with order=1')
+        check_choice('CBN', 'running_stats', running_stats, ('batch', 'window'))
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         self.order = order
         self.samples = samples
+        self.running_stats = running_stats
         # Its own, so that no other stream of random numbers is touched; of a seeded run always the same.
         self._random = random.Random(torch.initial_seed())
         self.burn_in = False
@@ -162,7 +168,8 @@ class CBN(nn.BatchNorm2d):
         Args:
             module: A model with ``nn.BatchNorm2d`` or ``nn.SyncBatchNorm`` layers, or one of them itself.
             prefixes: Names of the parts to convert, as in ``named_modules``; None for all.
-            **arguments: ``window_size``, ``order`` and ``samples`` of the new layers; the others are the old layers'.
+            **arguments: ``window_size``, ``order``, ``samples`` and ``running_stats`` of the new layers; the others are
+                the old layers'.
 
         Returns:
             ``module``.
@@ -216,7 +223,10 @@ class CBN(nn.BatchNorm2d):
         return Diagnosis(self.window_length, correction / forwards, invalid / forwards)
 
     def extra_repr(self) -> str:
-        return f'{super().extra_repr()}, window_size={self.window_size!r}, order={self.order}, samples={self.samples}'
+        return (
+            f'{super().extra_repr()}, window_size={self.window_size!r}, order={self.order}, samples={self.samples}, '
+            f'running_stats={self.running_stats!r}'
+        )
 
     def train(self, mode: bool = True) -> 'CBN':
         super().train(mode)
@@ -388,10 +398,13 @@ class CBN(nn.BatchNorm2d):
             if not second_run:
                 self.window_length = 1 if past is None else 1 + len(self._windows.current)
                 self._windows.current.push(self._statistics_to_keep(input, batch_mean, mean, var, conv))
-                self._update_running_statistics(batch_mean, var * (positions / (positions - 1)), *running)
-
             if conv_bias is not None:
                 window_mean = window_mean + conv_bias
+            if not second_run and self.running_stats == 'batch':
+                self._update_running_statistics(batch_mean, var * (positions / (positions - 1)), *running)
+            elif not second_run:
+                # Unbiased, as BatchNorm's: there are positions / share of them.
+                self._update_running_statistics(window_mean, window_var * (positions / (positions - share)), *running)
         return window_mean, window_var, share, call
 
     def _statistics_to_keep(
@@ -450,7 +463,7 @@ class CBN(nn.BatchNorm2d):
         running_var: Tensor | None,
         num_batches_tracked: Tensor | None,
     ) -> None:
-        """As in BatchNorm: from the current batch alone, the variance unbiased; but not from channels of inf or NaN."""
+        """As in BatchNorm, the variance unbiased; but not from channels of inf or NaN."""
         finite = unbiased_var < torch.inf  # which NaN is not; and where the mean is neither, the variance is not
         bad = finite.logical_not().any()
         self._bad_batches = bad.long() if self._bad_batches is None else self._bad_batches.add_(bad)

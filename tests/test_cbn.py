@@ -245,6 +245,25 @@ def test_running_statistics_are_batchnorms(momentum):
             torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.parametrize('kind', [dict(), dict(order=0), dict(samples=10_000)], ids=str)
+def test_running_statistics_of_the_window_are_those_of_all_its_examples(kind):
+    """The variance unbiased, as BatchNorm has it; with a bias of the convolution, which is in what is normalized."""
+    model = conv_and_norm(conv=CONVOLUTIONS['bias'], window_size=3, momentum=0.3, running_stats='window', **kind)
+    seen, mean, var = [], torch.zeros(4).double(), torch.ones(4).double()
+    for number, x in enumerate(batches(6, shape=(1, 4, 9, 7))):
+        model(x)
+        seen = [*seen, model[0](x).detach()][-3:]  # the weights stay
+        mean.lerp_(torch.cat(seen).mean(dim=(0, 2, 3)), 0.3)
+        var.lerp_(torch.cat(seen).var(dim=(0, 2, 3)), 0.3)
+        torch.testing.assert_close(model[1].running_mean, mean)
+        torch.testing.assert_close(model[1].running_var, var)
+        assert model[1].num_batches_tracked == number + 1
+    with torch.no_grad():
+        model[0].weight.mul_(1.1)
+        model(x * float('nan'))
+    torch.testing.assert_close(model[1].running_mean, mean)
+
+
 def test_without_running_statistics_evaluation_uses_the_batch_as_batchnorm_does():
     model = conv_and_norm(window_size=3, track_running_stats=False)
     for x in batches(3):
@@ -631,6 +650,8 @@ def test_one_value_a_channel_is_an_error_as_in_batchnorm():
         (dict(samples=64.0), TypeError, 'samples must be an int >= 2 or None, got 64.0 of type float'),
         (dict(affine='no'), TypeError, "CBN: affine must be True or False, got 'no' of type str"),
         (dict(track_running_stats=1), TypeError, 'CBN: track_running_stats must be True or False, got 1 of type int'),
+        (dict(running_stats='old'), ValueError, "CBN: running_stats must be 'batch' or 'window', got 'old'"),
+        (dict(running_stats=None), TypeError, "CBN: running_stats must be 'batch' or 'window', got None of type"),
         (dict(eps=0), ValueError, 'eps must be a number > 0, got 0'),
         (dict(window_size=2**63), ValueError, 'window_size must be .*, and less than 2'),
         (dict(window_size=np.arange(2)), TypeError, r'window_size must be .*, got array\(\[0, 1\]\)'),

@@ -50,7 +50,8 @@ def test_training_never_waits_for_the_device(order, samples, momentum, bias, dty
     monkeypatch.setattr(WindowNorm, 'apply', apply)
     with FakeTensorMode() as mode, torch.no_grad():
         conv = nn.Conv2d(3, 4, 3, padding=1, stride=2, bias=bias, dtype=dtype)
-        norm = CBN(4, window_size=3, order=order, samples=samples, momentum=momentum)
+        running_stats = 'batch' if bias else 'window'
+        norm = CBN(4, window_size=3, order=order, samples=samples, momentum=momentum, running_stats=running_stats)
         model, fake = to_cuda(nn.Sequential(conv, norm), mode)
         for step in range(4):
             y = model(fake(torch.empty(2, 3, 8, 8, dtype=dtype)))

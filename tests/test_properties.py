@@ -307,7 +307,7 @@ LAYERS = [
     for kind in (CBN, BRN)
     for argument in ('num_features', 'eps', 'momentum', 'affine', 'track_running_stats', 'device', 'dtype')
 ]
-LAYERS += [(CBN, argument) for argument in ('window_size', 'order', 'samples')]
+LAYERS += [(CBN, argument) for argument in ('window_size', 'order', 'samples', 'running_stats')]
 LAYERS += [(BRN, argument) for argument in ('r_max', 'd_max', 'r_steps', 'd_steps')]
 
 
