@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, Net, runner_for
 
-from mmdet_cbn.experiments.fidelity import Error, StatisticsFidelityHook, to_markdown
+from mmdet_cbn.experiments.fidelity import NOISE, Error, StatisticsFidelityHook, to_markdown
 
 CONFIG = 'small/r18_shapes.py'
 OPTIONS = {
@@ -53,6 +53,7 @@ def test_unchanged_weights_leave_no_error(errors):
     assert 'backbone.bn1' in layers and 'neck.fpn_convs.3.bn' in layers and len(layers) > 20
     for compensation in ('none', 'first', '8 samples', f'{ALL} samples'):
         assert worst(found, compensation) < 1e-4
+    assert min(error.mean_error for error in found if error.compensation == NOISE) > 1e-3, 'batches differ'
 
 
 def test_nothing_is_left_where_the_layer_itself_changed_and_all_positions_are_samples(errors):

@@ -33,6 +33,9 @@ from ..statistics import (
     window_statistics,
 )
 
+# The yardstick: how far the statistics of another batch are off, of the last iteration or the one before.
+NOISE = 'another batch instead'
+
 
 class Error(NamedTuple):
     """How far one compensation is off in one layer, means over its channels."""
@@ -174,6 +177,9 @@ class StatisticsFidelityHook(Hook):
         }
         for n, sampled in old.sampled.items():
             predictions[f'{n} samples'] = compensate_samples(_stacked(sampled), conv.weight, conv.groups)
+        if self.max_tau > 1:
+            other = self._past[0 if self._now[1] > 1 else 1][1][name]
+            predictions[NOISE] = other.mean, other.var
         for compensation, (predicted_mean, predicted_var) in predictions.items():
             mean_error = ((predicted_mean - mean).abs() / (var + layer.eps).sqrt()).mean().item()
             var_error = ((predicted_var - var).abs() / (var + layer.eps)).mean().item()
