@@ -2,7 +2,8 @@ r"""How far CBN's compensated statistics are from those that old images really h
 
     python tools/analyze_statistics.py configs/cbn/faster-rcnn_r50_fpn_cbn-all_1x_coco.py --out work_dirs/statistics
 
-The config is trained, without evaluation and checkpoints, and the layers of its backbone and neck are looked at.
+The config is trained, without evaluation and checkpoints, and the layers of its backbone, neck and RoI heads are looked
+at, the latter with the RoIs of then.
 Nothing is compared before burn-in is over; --cfg-options custom_hooks.0.burn_in_epochs=0 leaves it out.
 """
 

@@ -35,6 +35,7 @@ from ..statistics import (
 
 # The yardstick: how far the statistics of another batch are off, of the last iteration or the one before.
 NOISE = 'another batch instead'
+_PARTS = ('backbone', 'neck', 'roi_head')
 
 
 class Error(NamedTuple):
@@ -59,13 +60,22 @@ class _Old(NamedTuple):
     sampled: dict[int, SampledStatistics]  # by the number of samples
 
 
+class _Iteration(NamedTuple):
+    """What runs again later."""
+
+    inputs: Tensor
+    rois: dict[str, Tensor]  # by the kind of RoI head
+    layers: dict[str, _Old]
+
+
 class StatisticsFidelityHook(Hook):
     """Compares predicted with true statistics in the course of a training, on which it has no influence.
 
     After every ``every``-th iteration the images of the last ``max_tau`` iterations run through backbone and neck
-    again, in training mode and with the weights of now. What comes into a CBN there has the true statistics. The layer
-    hands on what its window of then would make of it, had that moved as far as this batch's statistics have: so what
-    comes into the next layers differs from what came then by the change of the weights alone.
+    again, and the RoIs of then through the RoI heads, in training mode and with the weights of now. What comes into a
+    CBN there has the true statistics. The layer hands on what its window of then would make of it, had that moved as
+    far as this batch's statistics have: so what comes into the next layers differs from what came then by the change of
+    the weights alone.
 
     Args:
         every: Iterations from one comparison to the next.
@@ -78,7 +88,7 @@ class StatisticsFidelityHook(Hook):
     Raises:
         TypeError: A number that is not an int.
         ValueError: A number that is not allowed.
-        RuntimeError: When training begins, if backbone and neck have no CBN of order 1 in training.
+        RuntimeError: When training begins, if backbone, neck and RoI head have no CBN of order 1 in training.
     """
 
     priority = 'LOW'
@@ -91,7 +101,7 @@ class StatisticsFidelityHook(Hook):
         self.every, self.max_tau, self.samples = every, max_tau, tuple(samples)
         self.errors: list[Error] = []
         self._random = random.Random(0)
-        self._past: deque[tuple[Tensor, dict[str, _Old]]] = deque(maxlen=max_tau)
+        self._past: deque[_Iteration] = deque(maxlen=max_tau)
         self._replayed: dict[str, _Old] | None = None
         self._now = (0, 0)  # iteration and tau of what is replayed
 
@@ -101,21 +111,37 @@ class StatisticsFidelityHook(Hook):
         layers = {
             name: norm
             for name, norm in active_norms(self._model).items()
-            if isinstance(norm, CBN) and norm.order == 1 and name.split('.')[0] in ('backbone', 'neck')
+            if isinstance(norm, CBN) and norm.order == 1 and name.split('.')[0] in _PARTS
         }
         if not layers:
             raise RuntimeError(
-                'StatisticsFidelityHook: backbone and neck have no CBN of order 1 in training to look at. Give them '
-                "norm_cfg=dict(type='CBN') in the config."
+                'StatisticsFidelityHook: backbone, neck and RoI head have no CBN of order 1 in training to look at. '
+                "Give them norm_cfg=dict(type='CBN') in the config."
             )
         for name, layer in layers.items():
             layer._cross_iteration_forward = partial(  # type: ignore[method-assign]
                 self._forward, name, layer, layer._cross_iteration_forward
             )
 
+        for kind, extractor in self._roi_extractors().items():
+            extractor.register_forward_pre_hook(partial(self._note_rois, kind))
+
+    def _roi_extractors(self) -> dict[str, nn.Module]:
+        """Those of the RoI heads by their kind; heads of several stages, or without one, are not looked at."""
+        head = getattr(self._model, 'roi_head', None)
+        found = {kind: getattr(head, f'{kind}_roi_extractor', None) for kind in ('bbox', 'mask')}
+        if found['mask'] is found['bbox']:
+            del found['mask']
+        return {kind: module for kind, module in found.items() if hasattr(module, 'num_inputs')}  # type: ignore[misc]
+
+    def _note_rois(self, kind: str, extractor: nn.Module, args: tuple) -> None:
+        if extractor.training and self._replayed is None and len(args[1]) > 0:
+            self._rois[kind] = args[1]
+
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         """Begin to note what will be compared later."""
         self._current: dict[str, _Old] = {}
+        self._rois: dict[str, Tensor] = {}
         self._is_needed = -(runner.iter + 1) % self.every < self.max_tau
 
     def after_train_iter(
@@ -124,7 +150,7 @@ class StatisticsFidelityHook(Hook):
         """Keep this iteration, and compare if it is time."""
         if self._current:
             inputs = self._model.data_preprocessor(data_batch, training=True)['inputs']
-            self._past.appendleft((inputs, self._current))
+            self._past.appendleft(_Iteration(inputs, self._rois, self._current))
         if (runner.iter + 1) % self.every == 0:
             if len(self._past) == self.max_tau:  # fewer where burn-in has just ended
                 self._compare(runner.iter + 1)
@@ -133,9 +159,13 @@ class StatisticsFidelityHook(Hook):
     @torch.no_grad()
     def _compare(self, iteration: int) -> None:
         buffers = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
-        for tau, (inputs, layers) in enumerate(self._past, start=1):
-            self._replayed, self._now = layers, (iteration, tau)
-            self._model.extract_feat(inputs)
+        for tau, old in enumerate(self._past, start=1):
+            self._replayed, self._now = old.layers, (iteration, tau)
+            features = self._model.extract_feat(old.inputs)
+            extractors = self._roi_extractors()
+            for kind, rois in old.rois.items():
+                in_rois = extractors[kind](features[: extractors[kind].num_inputs], rois)
+                getattr(self._model.roi_head, f'{kind}_head')(in_rois)
         self._replayed = None
         # Other normalizers on the way have counted the old images once more.
         for name, buffer in self._model.named_buffers():
@@ -177,8 +207,8 @@ class StatisticsFidelityHook(Hook):
         }
         for n, sampled in old.sampled.items():
             predictions[f'{n} samples'] = compensate_samples(_stacked(sampled), conv.weight, conv.groups)
-        if self.max_tau > 1:
-            other = self._past[0 if self._now[1] > 1 else 1][1][name]
+        other = self._past[0 if self._now[1] > 1 else 1].layers.get(name) if self.max_tau > 1 else None
+        if other is not None:
             predictions[NOISE] = other.mean, other.var
         for compensation, (predicted_mean, predicted_var) in predictions.items():
             mean_error = ((predicted_mean - mean).abs() / (var + layer.eps).sqrt()).mean().item()
