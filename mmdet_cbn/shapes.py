@@ -1,7 +1,7 @@
 """A data set of drawn shapes in COCO format, for running the whole path with nothing downloaded."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +42,10 @@ def write_shapes(
     if min(size) < 64:
         raise ValueError(f'size must be at least 64 x 64 pixels, got {size[0]} x {size[1]}')
     root = Path(root)
-    annotation_files = {split: root / 'annotations' / f'instances_{split}2017.json' for split in images}
-    for split, annotation_file in annotation_files.items():
-        if images[split] < 1:
-            raise ValueError(f'images must be at least 1 in each split, got {images[split]} for {split}')
-        if annotation_file.exists() and _description(annotation_file) != DESCRIPTION:
-            raise FileExistsError(f'{annotation_file} was not written by this tool; name another folder')
-
-    for number, (split, annotation_file) in enumerate(annotation_files.items()):
+    for split, number in images.items():
+        if number < 1:
+            raise ValueError(f'images must be at least 1 in each split, got {number} for {split}')
+    for number, (split, annotation_file) in enumerate(annotation_files(root, images, DESCRIPTION).items()):
         image_dir = root / f'{split}2017'
         for folder in (annotation_file.parent, image_dir):
             folder.mkdir(parents=True, exist_ok=True)
@@ -70,6 +66,19 @@ def write_shapes(
         annotation_file.write_text(json.dumps(dataset), encoding='utf-8')
         crowds = sum(annotation['iscrowd'] for annotation in dataset['annotations'])
         progress(f'{split}: {images[split]} images, {len(dataset["annotations"])} objects, {crowds} of them crowds')
+
+
+def annotation_files(root: Path, splits: Iterable[str], description: str) -> dict[str, Path]:
+    """The files of a COCO tree to write, by split.
+
+    Raises:
+        FileExistsError: One is there, and its description is another.
+    """
+    files = {split: root / 'annotations' / f'instances_{split}2017.json' for split in splits}
+    for file in files.values():
+        if file.exists() and _description(file) != description:
+            raise FileExistsError(f'{file} was not written by this tool; name another folder')
+    return files
 
 
 def _description(annotation_file: Path) -> Any:

@@ -1,0 +1,3 @@
+_base_ = ['../_base_/varied.py', '../_base_/brn.py']
+
+model = dict(backbone=dict(norm_cfg=_base_.norm_cfg), neck=dict(norm_cfg=_base_.norm_cfg))
