@@ -15,10 +15,16 @@ class Row(NamedTuple):
 
     name: str  #: unique in its table
     labels: tuple[str | int, ...]  #: what stands in the table's own columns; in a figure, the series and its x
-    config: str  #: a file of configs/cbn, without ``.py``
+    config: str  #: a file of configs/``folder``, without ``.py``
     paper: dict[str, float]  #: the paper's numbers by metric, APs in percent; of a figure, those that the text gives
     options: dict[str, Any] = {}  # noqa: RUF012  #: --cfg-options, by key
     times_images: int = 1  #: how many times the config's images per GPU
+    folder: str = 'cbn'
+
+    @property
+    def file(self) -> str:
+        """The config's path within configs."""
+        return f'{self.folder}/{self.config}.py'
 
     @property
     def run(self) -> str:
@@ -45,6 +51,7 @@ class Table(NamedTuple):
     labels: tuple[str, ...]
     metrics: tuple[str, ...]
     rows: tuple[Row, ...]
+    gpus: int = 4
 
     @property
     def is_figure(self) -> bool:
@@ -53,7 +60,7 @@ class Table(NamedTuple):
     @property
     def number(self) -> str:
         """As the paper counts: ``'6'`` for both parts of Table 6, ``'figure3'``."""
-        return self.name.removeprefix('table').partition('-')[0]
+        return self.name if self.name.startswith('study') else self.name.removeprefix('table').partition('-')[0]
 
 
 def _row(name: str, labels: tuple[str | int, ...], config: str, metrics: tuple[str, ...], *numbers: float) -> Row:

@@ -70,8 +70,7 @@ class Trial:
 
     @property
     def config(self) -> Path:
-        folder, name = ('small', 'r18_shapes') if self.setting.small else ('cbn', self.row.config)
-        return self.setting.root / 'configs' / folder / f'{name}.py'
+        return self.setting.root / 'configs' / ('small/r18_shapes.py' if self.setting.small else self.row.file)
 
     @property
     def options(self) -> list[str]:
