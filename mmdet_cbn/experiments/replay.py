@@ -1,0 +1,219 @@
+"""Images of earlier iterations, run once more through a network that trains with CBN."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..cbn import CBN
+from ..conversion import active_norms
+from ..convolution import ConvCall
+from ..statistics import batch_statistics, window_statistics
+
+_PARTS = ('backbone', 'neck', 'roi_head')
+
+
+class Seen(NamedTuple):
+    """The output of a convolution where it comes into a CBN."""
+
+    layer: CBN
+    conv: ConvCall
+    x: Tensor  #: [N, C, H, W]
+    batch_mean: Tensor  #: [C]
+    mean: Tensor  #: without the bias of the convolution, [C]
+    var: Tensor  #: biased, [C]
+
+
+class OldLayer(NamedTuple):
+    """A layer in an old iteration, all [C]."""
+
+    mean: Tensor
+    var: Tensor
+    window_mean: Tensor
+    window_var: Tensor
+
+
+class OldIteration(NamedTuple):
+    """What runs again later."""
+
+    inputs: Tensor
+    rois: dict[str, Tensor]  #: by the kind of RoI head
+    layers: dict[str, OldLayer]  #: in the order of their calls
+    parameters: dict[str, Tensor]  #: what the iteration began with
+
+
+class Replay:
+    """Watches the CBN layers of backbone, neck and RoI heads, and runs images of earlier iterations again.
+
+    They run in training mode, with the RoIs of then. A layer hands on what its window of then would make of its input,
+    had that moved as far as this batch's statistics have: so what comes into the next layers differs from what came
+    then by the change of the weights alone.
+
+    Args:
+        model: A detector, or another model with ``extract_feat``, in training.
+        note: Called with the name and what is seen of each layer of an iteration that is kept.
+
+    Raises:
+        RuntimeError: There are no CBN layers of order 1 in training there.
+
+    Attributes:
+        layers (dict[str, CBN]): Those watched, by name.
+        convs (dict[str, nn.Conv2d]): What feeds them, from the first iteration kept on.
+    """
+
+    def __init__(self, model: nn.Module, note: Callable[[str, Seen], None] = lambda name, seen: None) -> None:
+        self._model = model
+        self._note = note
+        self.layers = {
+            name: norm
+            for name, norm in active_norms(model).items()
+            if isinstance(norm, CBN) and norm.order == 1 and name.split('.')[0] in _PARTS
+        }
+        if not self.layers:
+            raise RuntimeError(
+                'backbone, neck and RoI head have no CBN of order 1 in training to look at. '
+                "Give them norm_cfg=dict(type='CBN') in the config."
+            )
+        self.convs: dict[str, nn.Conv2d] = {}
+        self._visit: Callable[[str, Seen], None] | None = None
+        self._running: OldIteration | None = None
+        self._current: OldIteration | None = None
+        for name, layer in self.layers.items():
+            layer._cross_iteration_forward = partial(  # type: ignore[method-assign]
+                self._forward, name, layer, layer._cross_iteration_forward
+            )
+        for kind, extractor in self._roi_extractors().items():
+            extractor.register_forward_pre_hook(partial(self._note_rois, kind))
+
+    def begin_iteration(self, is_kept: bool) -> None:
+        """The next iteration begins."""
+        self._current = None
+        if is_kept:
+            parameters = {name: parameter.detach().clone() for name, parameter in self._model.named_parameters()}
+            self._current = OldIteration(torch.empty(0), {}, {}, parameters)
+
+    def end_iteration(self, data_batch: Any) -> OldIteration | None:
+        """What was kept of the iteration; None if that was nothing, as in burn-in."""
+        if self._current is None or not self._current.layers:
+            return None
+        inputs = self._model.data_preprocessor(data_batch, training=True)['inputs']
+        return self._current._replace(inputs=inputs)
+
+    def run(self, old: OldIteration, visit: Callable[[str, Seen], None]) -> None:
+        """Run the images of an old iteration; ``visit`` is called with the name and what is seen of each layer."""
+        buffers = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
+        self._running, self._visit = old, visit
+        try:
+            features = self._model.extract_feat(old.inputs)
+            for kind, rois in old.rois.items():
+                extractor = self._roi_extractors()[kind]
+                in_rois = extractor(features[: extractor.num_inputs], rois)
+                getattr(self._model.roi_head, f'{kind}_head')(in_rois)
+        finally:
+            self._running = None
+            # Other normalizers on the way have counted the old images once more.
+            for name, buffer in self._model.named_buffers():
+                buffer.copy_(buffers[name])
+
+    @contextmanager
+    def weights_of(self, old: OldIteration, but: set[str]) -> Iterator[None]:
+        """The weights of then in place of those of now, in all layers but those named."""
+        of_now = {
+            id(p) for name in but for module in (self.layers[name], self.convs[name]) for p in module.parameters()
+        }
+        replaced = {p: p.data for p in self._model.parameters() if id(p) not in of_now}
+        try:
+            for name, parameter in self._model.named_parameters():
+                if parameter in replaced:
+                    parameter.data = old.parameters[name]
+            yield
+        finally:
+            for parameter, data in replaced.items():
+                parameter.data = data
+
+    def _roi_extractors(self) -> dict[str, Any]:
+        """Those of the RoI heads by their kind; heads of several stages, or without one, are not looked at."""
+        head = getattr(self._model, 'roi_head', None)
+        found = {kind: getattr(head, f'{kind}_roi_extractor', None) for kind in ('bbox', 'mask')}
+        if found['mask'] is found['bbox']:
+            del found['mask']
+        return {kind: module for kind, module in found.items() if hasattr(module, 'num_inputs')}
+
+    def _note_rois(self, kind: str, extractor: nn.Module, args: tuple) -> None:
+        if extractor.training and self._running is None and self._current is not None and len(args[1]) > 0:
+            self._current.rois.setdefault(kind, args[1])
+
+    def _forward(
+        self,
+        name: str,
+        layer: CBN,
+        forward: Callable[[Tensor, tuple[nn.Conv2d, Tensor]], Tensor],
+        input: Tensor,
+        feeding: tuple[nn.Conv2d, Tensor],
+    ) -> Tensor:
+        """In the place of the layer's own."""
+        with torch.autocast(input.device.type, enabled=False):
+            if self._running is not None:
+                return self._replay(name, self._seen(layer, input, feeding))
+            # It is there already where a checkpointed block runs again.
+            if self._current is not None and name not in self._current.layers:
+                with torch.no_grad():
+                    self._keep(name, self._seen(layer, input, feeding))
+                self.convs[name] = feeding[0]
+        return forward(input, feeding)
+
+    @staticmethod
+    def _seen(layer: CBN, x: Tensor, feeding: tuple[nn.Conv2d, Tensor]) -> Seen:
+        conv = ConvCall.of(*feeding)
+        batch_mean, var = batch_statistics(x)
+        return Seen(layer, conv, x, batch_mean, batch_mean if conv.bias is None else batch_mean - conv.bias, var)
+
+    def _keep(self, name: str, seen: Seen) -> None:
+        past = seen.layer._past_statistics(seen.conv)
+        window = (seen.mean, seen.var) if past is None else window_statistics(seen.mean, seen.var, *past)[:2]
+        self._current.layers[name] = OldLayer(seen.mean, seen.var, *window)  # type: ignore[union-attr]
+        self._note(name, seen)
+
+    def _replay(self, name: str, seen: Seen) -> Tensor:
+        self._visit(name, seen)  # type: ignore[misc]
+        layer, old = seen.layer, self._running.layers[name]  # type: ignore[union-attr]
+        moved_mean = old.window_mean + (seen.batch_mean - old.mean)
+        moved_var = old.window_var * ((seen.var + layer.eps) / (old.var + layer.eps))
+        # By hand, for batch_norm has no gradient in the statistics that it is given.
+        scale = (moved_var + layer.eps).rsqrt()
+        if layer.weight is not None:
+            scale = scale * layer.weight
+        y = (seen.x - moved_mean.view(-1, 1, 1)) * scale.view(-1, 1, 1)
+        y = y if layer.bias is None else y + layer.bias.view(-1, 1, 1)
+        return y.to(seen.x.dtype)
+
+
+def predecessors(replay: Replay, old: OldIteration) -> dict[str, list[list[str]]]:
+    """For each layer those that come before it, the paper's l - 1, l - 2 and so on.
+
+    l - 1 are the layers that feed it with no other in between, several where their outputs are added or taken
+    together; l - 2 are those that then come next, and so on back to the first.
+    """
+    ancestors: dict[str, set[str]] = {}
+
+    def visit(name: str, seen: Seen) -> None:
+        before = [other for other in ancestors if replay.convs[other].weight.requires_grad]
+        weights = [replay.convs[other].weight for other in before]
+        grads = torch.autograd.grad(seen.mean.sum(), weights, retain_graph=True, allow_unused=True) if before else ()
+        ancestors[name] = {other for other, grad in zip(before, grads, strict=True) if grad is not None}
+
+    with torch.enable_grad():
+        replay.run(old, visit)
+    found = {}
+    for name, left in ancestors.items():
+        generations = []
+        left = set(left)
+        while left:
+            nearest = {other for other in left if not any(other in ancestors[later] for later in left)}
+            generations.append(sorted(nearest))
+            left -= nearest
+        found[name] = generations
+    return found
