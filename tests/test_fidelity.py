@@ -9,7 +9,9 @@ import pytest
 import torch
 from conftest import ROOT, Net, runner_for
 
-from mmdet_cbn.experiments.fidelity import NOISE, Error, StatisticsFidelityHook, to_markdown
+from mmdet_cbn.experiments.analysis import draw, plot_errors, to_markdown, write_results
+from mmdet_cbn.experiments.fidelity import NOISE, TWO_LAYERS, Error, StatisticsFidelityHook
+from mmdet_cbn.experiments.gradients import Ratio
 
 CONFIG = 'small/r18_shapes.py'
 OPTIONS = {
@@ -33,7 +35,7 @@ def train(build_runner, hook=None, **options):
 @pytest.fixture
 def errors(build_runner):
     def of(**options):
-        hook = StatisticsFidelityHook(every=4, max_tau=3, samples=(8, ALL))
+        hook = StatisticsFidelityHook(every=4, max_tau=3, samples=(8, ALL), two_layers=False)
         train(build_runner, hook, **options)
         return hook.errors
 
@@ -72,7 +74,7 @@ def test_nothing_is_left_where_the_layer_itself_changed_and_all_positions_are_sa
 
 def test_the_training_goes_on_as_without_it(build_runner):
     plain = train(build_runner)
-    watched = train(build_runner, StatisticsFidelityHook(every=4, max_tau=2))
+    watched = train(build_runner, StatisticsFidelityHook(every=4, max_tau=2, two_layers=False))
     for name, value in plain.model.state_dict().items():
         assert torch.equal(value, watched.model.state_dict()[name]), name
 
@@ -102,18 +104,58 @@ def test_wrong_arguments_are_refused_by_name(arguments, message):
         StatisticsFidelityHook(**arguments)
 
 
-def test_the_table_has_the_means_over_layers_and_iterations():
-    errors = [
-        Error(10, 'a', 1, 'none', 0.1, 0.5),
-        Error(10, 'b', 1, 'none', 0.3, 0.7),
-        Error(10, 'a', 2, 'none', 0.5, 0.0),
-        Error(10, 'a', 1, '64 samples', 0.0, 0.25),
-        Error(10, 'a', 2, '64 samples', 1.0, 2.0),
+ERRORS = [
+    Error(10, 'a', 1, 'none', 0.1, 0.5),
+    Error(10, 'b', 1, 'none', 0.3, 0.7),
+    Error(20, 'a', 1, 'none', 0.2, 0.6),
+    Error(10, 'a', 2, 'none', 0.5, 0.0),
+    Error(10, 'a', 1, '64 samples', 0.0, 0.25),
+    Error(10, 'a', 2, '64 samples', 1.0, 2.0),
+]
+RATIOS = [Ratio(10, 'a', 1, 0.5, 0.25), Ratio(10, 'b', 1, 0.7, 0.75), Ratio(20, 'a', 2, 0.125, 0.5)]
+
+
+def read(file):
+    with open(file, newline='') as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_tables_and_plots_have_the_means_over_layers_or_iterations(tmp_path):
+    write_results(ERRORS, RATIOS, tmp_path)
+    assert read(tmp_path / 'statistics.csv')[:2] == [
+        dict(iteration='10', tau='1', compensation='none', mean_error='0.2', var_error='0.6'),
+        dict(iteration='20', tau='1', compensation='none', mean_error='0.2', var_error='0.6'),
     ]
-    assert to_markdown(errors, [1, 2]).splitlines()[2:] == [
+    assert read(tmp_path / 'layers.csv')[0] == dict(
+        layer='a', tau='1', compensation='none', mean_error='0.15', var_error='0.55'
+    )
+    assert read(tmp_path / 'gradients.csv') == [
+        dict(iteration='10', before='1', mean='0.6', second_moment='0.5'),
+        dict(iteration='20', before='2', mean='0.125', second_moment='0.5'),
+    ]
+    table = draw(tmp_path)
+    assert table.splitlines()[2:] == [
         '| none | 0.2000 | 0.5000 | 0.6000 | 0.0000 |',
         '| 64 samples | 0.0000 | 1.0000 | 0.2500 | 2.0000 |',
     ]
+    assert (tmp_path / 'statistics.md').read_text() == table
+    assert all((tmp_path / f'{name}.png').stat().st_size > 0 for name in ('statistics', 'gradients'))
+
+
+def test_plots_show_errors_over_tau_and_over_the_training():
+    rows = [
+        dict(iteration=iteration, tau=tau, compensation=kind, mean_error=iteration * tau * 1.0, var_error=1.0)
+        for kind in ('none', NOISE)
+        for iteration in (10, 20)
+        for tau in (1, 2, 3, 4)
+    ]
+    over_tau, over_training = plot_errors(rows).axes[:2]
+    line, noise = over_tau.lines
+    assert [*line.get_xdata()] == [1, 2, 3, 4] and [*line.get_ydata()] == [15, 30, 45, 60]
+    assert (noise.get_label(), noise.get_linestyle()) == (NOISE, '--')
+    line = over_training.lines[0]
+    assert [*line.get_xdata()] == [10, 20] and [*line.get_ydata()] == [20, 40], 'at tau = 2'
+    assert '| none | 15.0000 | 30.0000 | 60.0000 | 1.0000 |' in to_markdown(rows)
 
 
 @pytest.fixture
@@ -129,22 +171,30 @@ def run_tool(shapes_root, tmp_path):
     return run
 
 
-def test_the_tool_writes_a_table_and_every_number(run_tool, tmp_path):
+def test_the_tool_writes_tables_and_plots_and_draws_them_anew(run_tool, tmp_path):
     options = ['--cfg-options', 'custom_hooks.0.burn_in_epochs=0']
-    numbers = ['--every', 4, '--max-tau', 3, '--samples', 8, '--iters', 4]
+    numbers = ['--every', 4, '--max-tau', 2, '--samples', 8, '--iters', 4]
     result = run_tool(ROOT / 'configs' / CONFIG, *numbers, *options)
     table = (tmp_path / 'statistics.md').read_text()
     assert result.returncode == 0 and table in result.stdout
-    assert '| mean, in sigma, tau = 1 | mean, in sigma, tau = 3 |' in table and '| 8 samples |' in table
-    with open(tmp_path / 'statistics.csv', newline='') as file:
-        rows = list(csv.DictReader(file))
-    assert tuple(rows[0]) == Error._fields and {row['iteration'] for row in rows} == {'4'}
+    assert '| mean, in sigma, tau = 1 | mean, in sigma, tau = 2 |' in table and '| 8 samples |' in table
+    assert TWO_LAYERS in table
+    assert {row['iteration'] for row in read(tmp_path / 'statistics.csv')} == {'4'}
+    layers = {row['layer'] for row in read(tmp_path / 'layers.csv')}
+    assert {'backbone.bn1', 'roi_head.bbox_head.shared_convs.3.bn'} < layers
+    assert {row['before'] for row in read(tmp_path / 'gradients.csv')} == {'1', '2'}
     assert not list(tmp_path.glob('*.pth'))
+
+    for name in ('statistics.md', 'statistics.png', 'gradients.png'):
+        (tmp_path / name).unlink()
+    assert run_tool().stdout == table == (tmp_path / 'statistics.md').read_text()
+    assert (tmp_path / 'statistics.png').is_file() and (tmp_path / 'gradients.png').is_file()
 
 
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
+        ([], '--out has nothing to draw'),
         (['no_such.py'], 'CONFIG must be a file, got no_such.py'),
         ([ROOT / 'configs' / CONFIG, '--every', 5, '--max-tau', 5], 'every must be an int >= 6, got 5'),
         (

@@ -1,14 +1,15 @@
-r"""How far CBN's compensated statistics are from those that old images really have under the current weights:
+r"""How far CBN's compensated statistics are from those that old images really have under the current weights, and how
+fast the statistics' gradients diminish in the weights of earlier layers (the paper's Figure 6):
 
     python tools/analyze_statistics.py configs/cbn/faster-rcnn_r50_fpn_cbn-all_1x_coco.py --out work_dirs/statistics
 
 The config is trained, without evaluation and checkpoints, and the layers of its backbone, neck and RoI heads are looked
-at, the latter with the RoIs of then.
+at, the latter with the RoIs of then. DIR gets tables, as Markdown and CSV, and plots; without CONFIG they are made anew
+from the CSV files there.
 Nothing is compared before burn-in is over; --cfg-options custom_hooks.0.burn_in_epochs=0 leaves it out.
 """
 
 import argparse
-import csv
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from mmengine.config import Config, DictAction
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-from mmdet_cbn.experiments.fidelity import Error, StatisticsFidelityHook, to_markdown
+from mmdet_cbn.experiments.analysis import draw, write_results
+from mmdet_cbn.experiments.fidelity import StatisticsFidelityHook
+from mmdet_cbn.experiments.gradients import GradientRatioHook
 
 
 class Enough(Exception):
@@ -37,22 +40,34 @@ class StopHook(Hook):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('config', type=Path, metavar='CONFIG')
+    parser.add_argument('config', nargs='?', type=Path, metavar='CONFIG')
     parser.add_argument('--out', type=Path, required=True, metavar='DIR', help='folder to write to')
     parser.add_argument('--every', type=int, default=10, help='iterations between comparisons (default: %(default)s)')
     parser.add_argument('--max-tau', type=int, default=7, help='iterations to look back (default: %(default)s)')
     samples_help = 'numbers of samples to try (default: 64 256)'
     parser.add_argument('--samples', type=int, nargs='+', default=[64, 256], help=samples_help)
     parser.add_argument('--iters', type=int, help='stop after so many iterations (default: the whole training)')
+    skip_help = 'what not to look at: the compensation of two layers, which takes longest, or the gradients'
+    parser.add_argument('--skip', nargs='+', default=[], choices=['two-layers', 'gradients'], help=skip_help)
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='KEY=VALUE, merged into the config')
     args = parser.parse_args()
+    if args.config:
+        train(parser, args)
+    try:
+        print(draw(args.out), end='')
+    except FileNotFoundError as error:
+        parser.error(f'--out has nothing to draw ({error}); give a CONFIG to train')
+
+
+def train(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Train the config, looking at it, and write what was found."""
     if not args.config.is_file():
         parser.error(f'CONFIG must be a file, got {args.config}')
     try:
-        hook = StatisticsFidelityHook(args.every, args.max_tau, args.samples)
+        fidelity = StatisticsFidelityHook(args.every, args.max_tau, args.samples, 'two-layers' not in args.skip)
+        gradients = GradientRatioHook(args.every)
     except (TypeError, ValueError) as error:
         parser.error(str(error))
-
     config = Config.fromfile(args.config)
     config.merge_from_dict(args.cfg_options or {})
     config.work_dir = str(args.out)
@@ -61,23 +76,19 @@ def main() -> None:
         for key in ('dataloader', 'cfg', 'evaluator'):
             config[f'{split}_{key}'] = None
     runner = Runner.from_cfg(config)
-    runner.register_hook(hook)
+    runner.register_hook(fidelity)
+    if 'gradients' not in args.skip:
+        runner.register_hook(gradients)
     if args.iters is not None:
         runner.register_hook(StopHook(args.iters))
     with suppress(Enough):
         runner.train()
-    if not hook.errors:
+    if not fidelity.errors:
         parser.error(
             f'--every {args.every} and --max-tau {args.max_tau} allow no comparison after burn-in in a training of '
             f'{runner.iter + 1} iterations'
         )
-    taus = sorted({1, max(args.max_tau // 2, 1), args.max_tau})
-    table = to_markdown(hook.errors, taus)
-    (args.out / 'statistics.md').write_text(table, encoding='utf-8')
-    with open(args.out / 'statistics.csv', 'w', newline='', encoding='utf-8') as file:
-        writer = csv.writer(file)
-        writer.writerows([Error._fields, *hook.errors])
-    print(table, end='')
+    write_results(fidelity.errors, gradients.ratios, args.out)
 
 
 if __name__ == '__main__':

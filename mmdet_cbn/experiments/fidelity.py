@@ -6,10 +6,9 @@ changed too, which the paper leaves out (Eq. 5 and 6).
 
 import random
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from mmengine.hooks import Hook
@@ -69,7 +68,7 @@ class StatisticsFidelityHook(Hook):
         every: Iterations from one comparison to the next.
         max_tau: How many iterations to look back; less than ``every``.
         samples: Numbers of samples to try.
-        two_layers: Whether to try two layers. It takes as many forwards as there are layers, for each tau.
+        two_layers: Whether to try two layers. It takes a forward to each layer, for each tau.
 
     Attributes:
         errors (list[Error]): What was found.
@@ -179,7 +178,7 @@ class StatisticsFidelityHook(Hook):
 
             if name in found:
                 with self._replay.weights_of(old, but={name, *(before[0] if before else ())}):
-                    self._replay.run(old, visit)
+                    self._replay.run(old, visit, last=name)
 
 
 _Predictions = dict[str, dict[str, tuple[Tensor, Tensor]]]  # mean and variance, by layer and compensation
@@ -188,18 +187,3 @@ _Predictions = dict[str, dict[str, tuple[Tensor, Tensor]]]  # mean and variance,
 def _stacked(statistics: Any) -> Any:
     """With the leading axis of a window of one."""
     return type(statistics)(*(tensor.unsqueeze(0) for tensor in statistics))
-
-
-def to_markdown(errors: Iterable[Error], taus: Sequence[int]) -> str:
-    """Means over layers and iterations, a row for each compensation."""
-    errors = list(errors)
-    heads = [f'{of}, tau = {tau}' for of in ('mean, in sigma', 'variance, relative') for tau in taus]
-    lines = [f'| compensation | {" | ".join(heads)} |', '|---' * (len(heads) + 1) + '|']
-    for compensation in dict.fromkeys(error.compensation for error in errors):
-        of_tau = {
-            tau: np.mean([e[-2:] for e in errors if e.compensation == compensation and e.tau == tau], axis=0)
-            for tau in taus
-        }
-        cells = [f'{of_tau[tau][of]:.4f}' for of in (0, 1) for tau in taus]
-        lines.append(f'| {compensation} | {" | ".join(cells)} |')
-    return '\n'.join([*lines, ''])

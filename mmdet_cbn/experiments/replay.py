@@ -45,6 +45,10 @@ class OldIteration(NamedTuple):
     parameters: dict[str, Tensor]  #: what the iteration began with
 
 
+class _Far(Exception):
+    """The last layer that is wanted has been run."""
+
+
 class Replay:
     """Watches the CBN layers of backbone, neck and RoI heads, and runs images of earlier iterations again.
 
@@ -64,7 +68,7 @@ class Replay:
         convs (dict[str, nn.Conv2d]): What feeds them, from the first iteration kept on.
     """
 
-    def __init__(self, model: nn.Module, note: Callable[[str, Seen], None] = lambda name, seen: None) -> None:
+    def __init__(self, model: Any, note: Callable[[str, Seen], None] = lambda name, seen: None) -> None:
         self._model = model
         self._note = note
         self.layers = {
@@ -80,6 +84,7 @@ class Replay:
         self.convs: dict[str, nn.Conv2d] = {}
         self._visit: Callable[[str, Seen], None] | None = None
         self._running: OldIteration | None = None
+        self._last: str | None = None
         self._current: OldIteration | None = None
         for name, layer in self.layers.items():
             layer._cross_iteration_forward = partial(  # type: ignore[method-assign]
@@ -102,16 +107,21 @@ class Replay:
         inputs = self._model.data_preprocessor(data_batch, training=True)['inputs']
         return self._current._replace(inputs=inputs)
 
-    def run(self, old: OldIteration, visit: Callable[[str, Seen], None]) -> None:
-        """Run the images of an old iteration; ``visit`` is called with the name and what is seen of each layer."""
+    def run(self, old: OldIteration, visit: Callable[[str, Seen], None], last: str | None = None) -> None:
+        """Run the images of an old iteration, as far as the layer ``last`` if one is named.
+
+        ``visit`` is called with the name and what is seen of each layer.
+        """
         buffers = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
-        self._running, self._visit = old, visit
+        self._running, self._visit, self._last = old, visit, last
         try:
             features = self._model.extract_feat(old.inputs)
             for kind, rois in old.rois.items():
                 extractor = self._roi_extractors()[kind]
                 in_rois = extractor(features[: extractor.num_inputs], rois)
                 getattr(self._model.roi_head, f'{kind}_head')(in_rois)
+        except _Far:
+            pass
         finally:
             self._running = None
             # Other normalizers on the way have counted the old images once more.
@@ -179,6 +189,8 @@ class Replay:
 
     def _replay(self, name: str, seen: Seen) -> Tensor:
         self._visit(name, seen)  # type: ignore[misc]
+        if name == self._last:
+            raise _Far(name)
         layer, old = seen.layer, self._running.layers[name]  # type: ignore[union-attr]
         moved_mean = old.window_mean + (seen.batch_mean - old.mean)
         moved_var = old.window_var * ((seen.var + layer.eps) / (old.var + layer.eps))
