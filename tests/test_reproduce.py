@@ -21,7 +21,7 @@ from mmdet_cbn.experiments.paper import FIGURE3, FIGURE5, TABLE5, TABLES, Row
 from mmdet_cbn.experiments.report import markdown, plot_curves, plot_figure, write_report
 from mmdet_cbn.experiments.reproduction import Setting, Trial, load, trials_of
 
-CONFIGS = ROOT / 'configs' / 'cbn'
+CONFIGS = ROOT / 'configs'
 TOOL = ROOT / 'tools' / 'reproduce.py'
 ROWS = ('bn-all', 'cbn-all')
 TINY = [
@@ -202,7 +202,7 @@ def test_damaged_logs_are_named(file, content, named, tmp_path, monkeypatch, cap
 
 def as_in_the_paper(row, aps, **settings) -> list[Run]:
     """Runs of train.py with the row's own settings, but for ``settings``, which ended with these APs."""
-    config = load(CONFIGS / f'{row.config}.py').copy()
+    config = load(CONFIGS / row.file).copy()
     config.merge_from_dict(row.options_for(config))
     decisive = {**settings_of(config), 'GPUs': 4, **settings}
     curves = [{epoch: {'bbox_mAP': ap + epoch - 12} for epoch in (11, 12)} for ap in aps]
@@ -271,7 +271,7 @@ def test_a_figure_has_our_points_and_the_papers():
 
 def test_the_tables_in_the_readme_are_the_papers(tmp_path, monkeypatch):
     copy = tmp_path / 'README.md'
-    text = (CONFIGS / 'README.md').read_text()
+    text = (CONFIGS / 'cbn' / 'README.md').read_text()
     copy.write_text(re.sub(r'(<!-- (?:table|figure)\S+ -->\n).*?(<!-- end)', r'\1\2', text, flags=re.DOTALL))
     assert len(copy.read_text()) < len(text) / 2
     monkeypatch.setattr(sys, 'argv', ['report.py', '--readme', str(copy)])
@@ -286,7 +286,7 @@ def test_a_report_of_nothing_is_an_error(folder, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit_info:
         runpy.run_path(str(ROOT / 'tools' / 'report.py'), run_name='__main__')
     assert exit_info.value.code == 2
-    assert f'{folder} is no folder' in (error := capsys.readouterr().err) or 'no logs of a training under' in error
+    assert f'{folder} does not exist' in (error := capsys.readouterr().err) or 'no logs of a training under' in error
 
 
 # -- which commands it takes

@@ -3,7 +3,8 @@
     python tools/report.py work_dirs/paper --out report
 
 WORK_DIRS are searched for runs of tools/reproduce.py or of tools/train.py, finished or not. A run with other settings
-than the paper's recipe is shown as such, and no difference from the paper is given.
+than the paper's recipe is shown as such, and no difference from the paper is given. What the logs tell is stored in
+runs.json, from which the rest can be made anew: name it instead of WORK_DIRS.
 """
 
 import argparse
@@ -13,36 +14,41 @@ from pathlib import Path
 from mmdet_cbn.experiments.logs import collect, find_runs
 from mmdet_cbn.experiments.paper import TABLES
 from mmdet_cbn.experiments.report import markdown, write_report
+from mmdet_cbn.experiments.study import STUDY
 
-CONFIGS = Path(__file__).resolve().parents[1] / 'configs' / 'cbn'
+CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    numbers = list(dict.fromkeys(table.number for table in (*TABLES, *STUDY)))
     parser.add_argument('work_dirs', nargs='*', type=Path, metavar='WORK_DIRS')
+    table_help = "tables or figures (default: the paper's; those of our own study begin with study)"
+    parser.add_argument('--table', nargs='+', choices=numbers, help=table_help)
     parser.add_argument('--out', type=Path, default=Path('report'), help='folder to write to (default: %(default)s)')
     parser.add_argument('--trials', type=int, default=5, help='how many a row should have (default: %(default)s)')
     parser.add_argument('--readme', type=Path, help='renew the tables in this file instead, between their marks')
     args = parser.parse_args()
     for folder in args.work_dirs:
-        if not folder.is_dir():
-            parser.error(f'WORK_DIRS: {folder} is no folder')
+        if not folder.exists():
+            parser.error(f'WORK_DIRS: {folder} does not exist')
     try:
         runs = find_runs(args.work_dirs)
     except RuntimeError as error:
         parser.error(str(error))
     if args.work_dirs and not runs:
         parser.error(f'no logs of a training under {", ".join(map(str, args.work_dirs))}')
+    tables = [table for table in (*TABLES, *STUDY) if table.number in args.table] if args.table else TABLES
     if args.readme:
         text = args.readme.read_text()
-        for table in TABLES:
+        for table in tables:
             trials = 0 if table.number == '8' else args.trials  # it is measured, not trained
             new = markdown(table, collect(table, runs, CONFIGS), trials, links='')
             mark = re.compile(rf'(<!-- {table.name} -->\n).*?(<!-- end -->)', re.DOTALL)
             text = mark.sub(lambda found, new=new: f'{found[1]}{new}{found[2]}', text)
         args.readme.write_text(text)
         return
-    for file in write_report(runs, args.out, CONFIGS, args.trials):
+    for file in write_report(runs, args.out, CONFIGS, args.trials, tables):
         print(file)
 
 

@@ -13,7 +13,6 @@ from ..errors import naming
 from .paper import Row, Table
 from .reproduction import SETTINGS, evaluations, load
 
-PAPER_GPUS = 4
 # What decides on a result. Where the data lie and how they are loaded does not.
 _DECISIVE = (
     'model',
@@ -54,17 +53,62 @@ class Entry(NamedTuple):
     """Our trials of a row under one and the same settings."""
 
     runs: list[Run]
-    differences: tuple[str, ...]  #: settings that are not the paper's
+    differences: tuple[str, ...]  #: settings that are not the paper's, or not our study's
 
     @property
     def finished(self) -> list[Run]:
         return [run for run in self.runs if run.metrics]
 
 
-def find_runs(folders: Iterable[Path]) -> list[Run]:
-    """All trainings whose logs lie under the folders."""
-    work_dirs = {file.parents[2] for folder in folders for file in Path(folder).rglob('vis_data/scalars.json')}
-    return [read_run(work_dir) for work_dir in sorted(work_dirs)]
+def find_runs(places: Iterable[Path]) -> list[Run]:
+    """All trainings whose logs lie under the folders, or that :func:`store_runs` wrote to the files.
+
+    Raises:
+        RuntimeError: A file is not what mmengine, tools/reproduce.py or :func:`store_runs` writes.
+    """
+    stored: list[Run] = []
+    work_dirs = set()
+    for place in places:
+        if Path(place).is_file():
+            stored += _stored_runs(place)
+        else:
+            work_dirs |= {file.parents[2] for file in Path(place).rglob('vis_data/scalars.json')}
+    return stored + [read_run(work_dir) for work_dir in sorted(work_dirs)]
+
+
+def store_runs(runs: Iterable[Run], file: Path) -> None:
+    """Write what the logs tell of the runs to one small file: settings that all share stand there once."""
+    runs = list(runs)
+    shared = dict(set.intersection(*({(key, json.dumps(v)) for key, v in run.settings.items()} for run in runs)))
+    lines = [
+        json.dumps(
+            {
+                **run._asdict(),
+                'work_dir': f'{run.work_dir.parent.name}/{run.work_dir.name}',
+                'settings': {key: value for key, value in sorted(run.settings.items()) if key not in shared},
+            }
+        )
+        for run in runs
+    ]
+    settings = json.dumps({key: json.loads(value) for key, value in sorted(shared.items())})
+    run_lines = ',\n'.join(lines)
+    file.write_text(f'{{"settings": {settings},\n"runs": [\n{run_lines}\n]}}\n')
+
+
+def _stored_runs(file: Path) -> list[Run]:
+    with naming(file, 'is not what tools/report.py writes'):
+        stored = json.loads(file.read_text())
+        return [
+            Run(
+                **{
+                    **run,
+                    'work_dir': Path(run['work_dir']),
+                    'settings': {**stored['settings'], **run['settings']},
+                    'curve': {int(epoch): metrics for epoch, metrics in run['curve'].items()},
+                }
+            )
+            for run in stored['runs']
+        ]
 
 
 def read_run(work_dir: Path) -> Run:
@@ -147,12 +191,12 @@ def collect(table: Table, runs: Iterable[Run], configs: Path) -> dict[str, list[
     Args:
         table: A table or figure of the paper.
         runs: What was trained.
-        configs: The folder configs/cbn.
+        configs: The folder of the configs.
     """
     found: dict[str, dict[tuple[str, ...], list[Run]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
         rows = [row for row in table.rows if (row.config if run.name is None else row.run) == (run.name or run.config)]
-        candidates = {row.name: _differences(run, row, configs) for row in rows}
+        candidates = {row.name: _differences(run, row, table.gpus, configs) for row in rows}
         if not candidates:
             continue
         name, differences = min(candidates.items(), key=lambda item: len(item[1]))
@@ -163,13 +207,13 @@ def collect(table: Table, runs: Iterable[Run], configs: Path) -> dict[str, list[
     }
 
 
-def _differences(run: Run, row: Row, configs: Path) -> tuple[str, ...]:
-    config = load(configs / f'{row.config}.py')
+def _differences(run: Run, row: Row, gpus: int, configs: Path) -> tuple[str, ...]:
+    config = load(configs / row.file)
     merged = config.copy()
     merged.merge_from_dict(row.options_for(config))
-    paper = {**settings_of(merged), 'GPUs': PAPER_GPUS}
+    recipe = {**settings_of(merged), 'GPUs': gpus}
     return tuple(
-        f'{key} = {run.settings.get(key)} ({paper.get(key)})'
-        for key in sorted(paper.keys() | run.settings.keys())
-        if run.settings.get(key) != paper.get(key)
+        f'{key} = {run.settings.get(key)} ({recipe.get(key)})'
+        for key in sorted(recipe.keys() | run.settings.keys())
+        if run.settings.get(key) != recipe.get(key)
     )

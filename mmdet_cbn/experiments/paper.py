@@ -14,7 +14,7 @@ class Row(NamedTuple):
     """One row of a table, or one point of a figure."""
 
     name: str  #: unique in its table
-    labels: tuple[str | int, ...]  #: what stands in the table's own columns; in a figure, the series and its x
+    labels: tuple[str | float, ...]  #: what stands in the table's own columns; in a figure, the series and its x
     config: str  #: a file of configs/``folder``, without ``.py``
     paper: dict[str, float]  #: the paper's numbers by metric, APs in percent; of a figure, those that the text gives
     options: dict[str, Any] = {}  # noqa: RUF012  #: --cfg-options, by key
@@ -51,19 +51,24 @@ class Table(NamedTuple):
     labels: tuple[str, ...]
     metrics: tuple[str, ...]
     rows: tuple[Row, ...]
-    gpus: int = 4
+    gpus: int = 4  #: that its rows are trained on
+
+    @property
+    def is_ours(self) -> bool:
+        """Of our study (study.py); the paper has no numbers for it."""
+        return self.name.startswith('study')
 
     @property
     def is_figure(self) -> bool:
-        return self.name.startswith('figure')
+        return self.is_ours or self.name.startswith('figure')
 
     @property
     def number(self) -> str:
         """As the paper counts: ``'6'`` for both parts of Table 6, ``'figure3'``."""
-        return self.name if self.name.startswith('study') else self.name.removeprefix('table').partition('-')[0]
+        return self.name if self.is_ours else self.name.removeprefix('table').partition('-')[0]
 
 
-def _row(name: str, labels: tuple[str | int, ...], config: str, metrics: tuple[str, ...], *numbers: float) -> Row:
+def _row(name: str, labels: tuple[str | float, ...], config: str, metrics: tuple[str, ...], *numbers: float) -> Row:
     return Row(name, labels, config, dict(zip(metrics, numbers, strict=True)))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .logs import Entry, Run, collect
+from .logs import Entry, Run, collect, store_runs
 from .paper import TABLES, Row, Table
 
 
@@ -26,11 +26,13 @@ def markdown(table: Table, entries: Mapping[str, list[Entry]], trials: int = 1, 
     """A table with the paper's numbers, ours and their difference, and what is missing.
 
     Args:
-        table: A table or figure of the paper.
+        table: A table or figure of the paper, or of our study: then there are our numbers only.
         entries: Our trials by the name of the row.
         trials: How many trials a row should have.
         links: Path from the text to configs/cbn with a slash at its end, to link the configs with; None for no links.
     """
+    if table.is_ours:
+        return _markdown_of_study(table, entries, trials)
     heads = [*table.labels, '', *(_short(metric) for metric in table.metrics), 'config']
     lines = [f'### {table.title}', '', _line(heads), _line(['---'] * len(heads))]
     notes: list[str] = []
@@ -69,6 +71,23 @@ def markdown(table: Table, entries: Mapping[str, list[Entry]], trials: int = 1, 
         lines += ['', 'We have trained none of these.']
     elif missing:
         lines += ['', f'Not trained by us, or not as in the paper: {", ".join(missing)}.']
+    return '\n'.join(lines) + '\n'
+
+
+def _markdown_of_study(table: Table, entries: Mapping[str, list[Entry]], trials: int) -> str:
+    heads = [*table.labels, *(_short(metric) for metric in table.metrics), 'trials']
+    lines = [f'### {table.title}', '', _line(heads), _line(['---'] * len(heads))]
+    missing = []
+    for row in table.rows:
+        as_planned = [entry for entry in entries.get(row.name, []) if not entry.differences]
+        runs = [run for entry in as_planned for run in entry.finished]
+        results = [summarize(runs, metric) for metric in table.metrics]
+        cells = ['-' if result is None else _with_deviation(*result) for result in results]
+        lines.append(_line([*row.labels, *cells, len(runs)]))
+        if len(runs) < trials:
+            missing.append(f'{row.name} ({_progress(entries.get(row.name, []), len(runs), trials)})')
+    if missing:
+        lines += ['', f'Not trained: {", ".join(missing)}.']
     return '\n'.join(lines) + '\n'
 
 
@@ -198,37 +217,47 @@ def plot_figure(table: Table, entries: Mapping[str, list[Entry]]) -> Figure | No
                 axes.plot(row.labels[1], row.paper[metric], '*', color='black', markersize=10, fillstyle='none')
             for entry in entries.get(row.name, [])[:1]:
                 if result := summarize(entry.finished, metric):
-                    points.append((int(row.labels[1]), result[0], result[1] or 0, bool(entry.differences)))
+                    points.append((row.labels[1], result[0], result[1] or 0, bool(entry.differences)))
         if points:
             xs, means, deviations, changed = zip(*sorted(points), strict=True)
             name = f'{method}, not as in the paper' if any(changed) else str(method)
             axes.errorbar(xs, means, deviations, marker='o', capsize=3, label=name)
     if not axes.containers:
         return None
-    axes.plot([], [], '*', color='black', markersize=10, fillstyle='none', label='paper, where it gives the number')
+    if not table.is_ours:
+        axes.plot([], [], '*', color='black', markersize=10, fillstyle='none', label='paper, where it gives the number')
     axes.set(title=table.title, xlabel=table.labels[1], ylabel=f'{_short(metric)} (%)')
-    axes.set_xticks(sorted({int(row.labels[1]) for row in table.rows}))
+    ticks = sorted({float(row.labels[1]) for row in table.rows})
+    if ticks[0] > 0:
+        axes.set_xscale('log', base=2)
+    axes.set_xticks(ticks, [f'{tick:g}' for tick in ticks])
     axes.title.set_fontsize('medium')
     axes.grid(alpha=0.3)
     axes.legend(fontsize='small')
     return figure
 
 
-def write_report(runs: list[Run], out: Path, configs: Path, trials: int) -> list[Path]:
-    """Write Markdown, CSV and plots of all tables but Table 8, which tools/benchmark.py makes.
+def write_report(
+    runs: list[Run], out: Path, configs: Path, trials: int, tables: Iterable[Table] = TABLES
+) -> list[Path]:
+    """Write Markdown, CSV and plots of tables but Table 8, which tools/benchmark.py makes, and the runs themselves.
 
     Args:
         runs: What was trained.
         out: Folder to write to.
-        configs: The folder configs/cbn.
+        configs: The folder of the configs.
         trials: How many trials a row should have.
+        tables: The tables.
 
     Returns:
         The files written.
     """
     out.mkdir(parents=True, exist_ok=True)
     written = []
-    for table in TABLES:
+    if runs:
+        store_runs(runs, out / 'runs.json')
+        written.append(out / 'runs.json')
+    for table in tables:
         if table.number == '8':
             continue
         entries = collect(table, runs, configs)
@@ -236,7 +265,7 @@ def write_report(runs: list[Run], out: Path, configs: Path, trials: int) -> list
         write_csv(out / f'{table.name}.csv', table, entries)
         written += [out / f'{table.name}.md', out / f'{table.name}.csv']
         figures = {
-            'epochs': plot_curves(table, entries),
+            'epochs': None if table.is_ours else plot_curves(table, entries),
             'results': plot_figure(table, entries) if table.is_figure else None,
         }
         for kind, figure in figures.items():

@@ -19,9 +19,7 @@ _METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def _row(
-    method: str, images: int, x: float | str, *, rate: float = 1, burn_in: int | None = None, **arguments: Any
-) -> Row:
+def _row(method: str, images: int, x: float, *, rate: float = 1, burn_in: int | None = None, **arguments: Any) -> Row:
     """A method with so many images a step, at ``x`` of its table.
 
     Args:
@@ -49,7 +47,8 @@ def _row(
         **({} if burn_in is None else {'custom_hooks.0.burn_in_epochs': burn_in}),
     }
     words = [method.lower().replace(', ', ' '), str(images), *(f'{key} {value}' for key, value in changes.items())]
-    return Row('-'.join(words).replace(' ', '-'), (method, x), config, {}, options, folder='study')
+    label = f'{method}, window' if 'running_stats' in arguments else method
+    return Row('-'.join(words).replace(' ', '-'), (label, x), config, {}, options, folder='study')
 
 
 def _table(name: str, title: str, x: str, *rows: Row) -> Table:
@@ -90,13 +89,9 @@ RATE = _table(
 )
 RUNNING = _table(
     'running',
-    "Running statistics of the batch or of the window ('window')",
+    'Running statistics of the batch, or of the window where it says so',
     'images',
     *(_row(method, images, images) for method in ('Naive CBN', 'CBN') for images in (1, 2)),
-    *(
-        _row(method, images, f'{images}, window', running_stats='window')
-        for method in ('Naive CBN', 'CBN')
-        for images in (1, 2)
-    ),
+    *(_row(method, images, images, running_stats='window') for method in ('Naive CBN', 'CBN') for images in (1, 2)),
 )
 STUDY = (IMAGES, WINDOW, BURN_IN, RATE, RUNNING)

@@ -1,0 +1,182 @@
+"""Our study compares normalizers and nothing else, its rows train, and its results can be stored and drawn anew."""
+
+import json
+import math
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from mmdet_cbn import CBN
+from mmdet_cbn.experiments.logs import Run, collect, find_runs, settings_of, store_runs
+from mmdet_cbn.experiments.report import markdown, plot_figure, write_report
+from mmdet_cbn.experiments.reproduction import Setting, Trial, load, trials_of
+from mmdet_cbn.experiments.study import BURN_IN, IMAGES, RATE, RUNNING, STUDY, WINDOW
+from mmdet_cbn.experiments.varied import write_varied
+
+CONFIGS = ROOT / 'configs'
+ROWS = {row.run: row for table in STUDY for row in table.rows}
+
+
+def config_of(row):
+    config = load(CONFIGS / row.file).copy()
+    config.merge_from_dict(row.options_for(config))
+    return config
+
+
+def images_of(row):
+    return config_of(row).train_dataloader.batch_size
+
+
+def row_of(table, method, x):
+    (row,) = (row for row in table.rows if row.labels == (method, x))
+    return row
+
+
+@pytest.fixture(scope='module')
+def varied_root(shapes_root, tmp_path_factory):
+    """Views of the drawn shapes, under the names of the study's classes."""
+    source, root = tmp_path_factory.mktemp('source'), tmp_path_factory.mktemp('varied')
+    (source / 'annotations').mkdir()
+    for split in ('train', 'val'):
+        (source / f'{split}2017').symlink_to(shapes_root / f'{split}2017')
+        name = f'annotations/instances_{split}2017.json'
+        dataset = json.loads((shapes_root / name).read_text())
+        for category, word in zip(dataset['categories'], ('RBC', 'WBC', 'Platelets'), strict=False):
+            category['name'] = word
+        (source / name).write_text(json.dumps(dataset))
+    write_varied(source, root, variants=1)
+    return root
+
+
+@pytest.mark.parametrize('images', [1, 2, 4])
+def test_methods_differ_in_their_normalizers_only(images):
+    methods = dict.fromkeys(row.labels[0] for row in IMAGES.rows)
+    assert list(methods) == ['BN', 'GN', 'BRN', 'Naive CBN', 'CBN', 'CBN, 64 samples']
+    settings = [settings_of(config_of(row_of(IMAGES, method, images))) for method in methods]
+    of_norm = ('norm_cfg', 'custom_hooks')
+    rest = [{k: v for k, v in each.items() if not any(word in k for word in of_norm)} for each in settings]
+    assert all(each == rest[0] for each in rest) and rest[0]['train_dataloader.batch_size'] == images
+    norms = [{k: v for k, v in each.items() if 'norm_cfg' in k} for each in settings]
+    assert len({json.dumps(norm, sort_keys=True) for norm in norms}) == len(norms)
+    assert all(norm['model.backbone.norm_cfg.type'] == norm['model.neck.norm_cfg.type'] for norm in norms)
+
+
+def test_the_learning_rate_grows_with_the_root_of_the_images():
+    rates = {images_of(row): config_of(row).optim_wrapper.optimizer.lr for row in IMAGES.rows}
+    assert rates == pytest.approx({1: 0.001, 2: 0.001414, 4: 0.002, 8: 0.002828, 16: 0.004}, abs=1e-6)
+    halves = [config_of(row_of(RATE, 'CBN', x)).optim_wrapper.optimizer.lr for x in (0.5, 1, 2)]
+    assert halves == [0.0005, 0.001, 0.002]
+
+
+def test_each_table_varies_what_it_says():
+    for row in WINDOW.rows:
+        norm = config_of(row).model.neck.norm_cfg
+        if row.labels[0] == 'BN':
+            assert images_of(row) == row.labels[1]
+        else:
+            assert images_of(row) == 1 and norm.get('order', 1) == ('Naive' not in row.labels[0])
+            # 'auto' is 8 with one image.
+            assert (8 if norm.window_size == 'auto' else norm.window_size) == row.labels[1]
+    for row in BURN_IN.rows[:-1]:
+        assert config_of(row).custom_hooks[0].burn_in_epochs == row.labels[1]
+    assert BURN_IN.rows[-1].labels == ('BN', config_of(BURN_IN.rows[-1]).train_cfg.max_epochs)
+    for row in RUNNING.rows:
+        assert config_of(row).model.backbone.norm_cfg.get('running_stats') == (
+            'window' if row.labels[0].endswith(', window') else None
+        )
+
+
+def test_a_run_that_tables_share_is_made_once(tmp_path):
+    rows = [row for table in STUDY for row in table.rows]
+    assert len(rows) > len(ROWS) == len(trials_of(rows, 1, Setting(ROOT, tmp_path)))
+    for row in rows:
+        assert settings_of(config_of(row)) == settings_of(config_of(ROWS[row.run])), row.run
+
+
+def test_commands_name_the_studys_configs(tmp_path):
+    trial = Trial(row_of(IMAGES, 'CBN', 2), 1, Setting(ROOT, tmp_path, gpus=1))
+    assert trial.training()[:2] == ['python', str(ROOT / 'tools/train.py')]
+    assert trial.training()[2] == str(CONFIGS / 'study/retinanet_r18_fpn_cbn_varied.py')
+    assert trial.options[-1] == 'randomness.seed=1' and 'train_dataloader.batch_size=2' in trial.options
+
+
+@pytest.mark.parametrize('method', ['BN', 'GN', 'BRN', 'Naive CBN', 'CBN', 'CBN, 64 samples'])
+def test_each_method_trains(method, build_runner, varied_root, monkeypatch):
+    monkeypatch.setenv('VARIED_ROOT', str(varied_root))
+    row = row_of(IMAGES, method, 2)
+    options = {**row.options, 'train_cfg.max_epochs': 1, 'param_scheduler': []}
+    if 'CBN' in method:
+        options['custom_hooks.0.burn_in_epochs'] = 0
+    runner = build_runner(row.file, evaluate=False, **options)
+    runner.train()
+    assert math.isfinite(runner.message_hub.get_scalar('train/loss').current()) and runner.epoch == 1
+    if 'CBN' in method:
+        layers = [module for module in runner.model.modules() if isinstance(module, CBN)]
+        order, samples = (0 if 'Naive' in method else 1), (64 if '64' in method else None)
+        assert len(layers) == 26
+        assert {(layer.order, layer.samples, layer.window_size) for layer in layers} == {(order, samples, 8)}
+
+
+# -- the report
+
+
+def runs_of(row, aps):
+    settings = {**settings_of(config_of(row)), 'GPUs': 1}
+    return [
+        Run(Path(f'runs/{row.run}/seed-{n}'), row.config, row.run, settings, {8: {'bbox_mAP': ap}}, {'bbox_mAP': ap}, 8)
+        for n, ap in enumerate(aps)
+    ]
+
+
+@pytest.fixture
+def runs():
+    return runs_of(row_of(IMAGES, 'BN', 1), [5.0, 7.0]) + runs_of(row_of(IMAGES, 'CBN', 1), [20.0])
+
+
+def test_the_table_has_our_numbers_and_what_is_missing(runs):
+    text = markdown(IMAGES, collect(IMAGES, runs, CONFIGS), trials=2)
+    assert '| method | images | box AP | box AP50 | box AP75 | box APs | box APm | trials |' in text
+    assert '| BN | 1 | 6.0 ± 1.4 | - | - | - | - | 2 |' in text and '| CBN | 1 | 20.0 | - | - | - | - | 1 |' in text
+    assert 'cbn-1 (1 of 2), ' in text and ' bn-1 (' not in text and 'paper' not in text
+
+
+def test_runs_with_other_settings_are_not_the_studys(runs):
+    changed = [run._replace(settings={**run.settings, 'model.neck.norm_cfg.type': 'LN'}) for run in runs]
+    assert '| BN | 1 | - | - | - | - | - | 0 |' in markdown(IMAGES, collect(IMAGES, changed, CONFIGS))
+
+
+def test_the_plot_has_a_line_a_method(runs):
+    axes = plot_figure(IMAGES, collect(IMAGES, runs, CONFIGS)).axes[0]
+    assert [line.get_label() for line in axes.containers] == ['BN', 'CBN']
+    assert axes.get_xscale() == 'log' and [*axes.containers[0].lines[0].get_ydata()] == [6.0]
+    assert not any('paper' in text.get_text() for text in axes.get_legend().get_texts())
+
+
+def test_what_is_stored_is_what_the_logs_told(runs, tmp_path):
+    store_runs(runs, tmp_path / 'runs.json')
+    again = find_runs([tmp_path / 'runs.json'])
+    assert again == [run._replace(work_dir=run.work_dir.relative_to('runs')) for run in runs]
+    assert len((tmp_path / 'runs.json').read_text()) < 2 * len(json.dumps(runs[0].settings)), 'once, not three times'
+
+
+def test_a_report_can_be_made_of_a_stored_one(runs, tmp_path, monkeypatch, capsys):
+    first = write_report(runs, tmp_path / 'first', CONFIGS, 2, [IMAGES])
+    arguments = [str(tmp_path / 'first/runs.json'), '--table', 'study-images', '--trials', '2']
+    monkeypatch.setattr(sys, 'argv', ['report.py', *arguments, '--out', str(tmp_path / 'again')])
+    runpy.run_path(str(ROOT / 'tools' / 'report.py'), run_name='__main__')
+    assert capsys.readouterr().out.splitlines()[-4:] == [str(tmp_path / 'again' / file.name) for file in first]
+    for file in first:
+        assert (tmp_path / 'again' / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+@pytest.mark.parametrize('content', ['{"settings"', '{"runs": []}', '{"settings": {}, "runs": [{}]}', '[]'])
+def test_a_damaged_store_is_named(content, tmp_path):
+    (tmp_path / 'runs.json').write_text(content)
+    if content == '{"runs": []}':
+        assert find_runs([tmp_path / 'runs.json']) == []
+        return
+    with pytest.raises(RuntimeError, match=r'runs\.json is not what tools/report\.py writes'):
+        find_runs([tmp_path / 'runs.json'])
