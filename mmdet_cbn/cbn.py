@@ -88,9 +88,9 @@ class CBN(nn.BatchNorm2d):
             gradient and has no error from ending the Taylor series, but one from sampling: with all positions it is
             exact for the layer (second order), and as the number grows it tends to that. Random numbers are drawn from
             a stream of the layer's own, of ``torch.initial_seed()``.
-        running_stats: Which statistics the running averages record in training: ``'batch'``, those of the current
-            batch, as in BatchNorm and in the authors' code; or ``'window'``, those that the layer normalized with, so
-            that evaluation scales as training did: their variance contains the one between iterations.
+        running_stats: Which statistics the running averages record in training: ``'window'``, those that the layer
+            normalized with, so that evaluation scales as training did: their variance contains the one between
+            iterations; or ``'batch'``, those of the current batch, as in BatchNorm and in the authors' code.
         device: Of parameters and buffers, as in torch.
         dtype: Of parameters and buffers, as in torch.
 
@@ -121,7 +121,7 @@ class CBN(nn.BatchNorm2d):
         window_size: int | Literal['auto'] = 4,
         order: int = 1,
         samples: int | None = None,
-        running_stats: Literal['batch', 'window'] = 'batch',
+        running_stats: Literal['batch', 'window'] = 'window',
         device: Any = None,
         dtype: Any = None,
     ) -> None:

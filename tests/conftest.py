@@ -1,5 +1,6 @@
 """What several test files share: drawn images, and runs cut down to seconds, of a tiny model and of configs."""
 
+import json
 from itertools import count
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from mmdet_cbn import CBN
+from mmdet_cbn.experiments.varied import write_varied
 from mmdet_cbn.shapes import write_shapes
 
 ROOT = Path(__file__).parents[1]
@@ -77,6 +79,22 @@ def shapes_root(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.fixture(scope='session')
+def varied_root(shapes_root, tmp_path_factory) -> Path:
+    """Views of the drawn shapes, under the names of the study's classes."""
+    source, root = tmp_path_factory.mktemp('source'), tmp_path_factory.mktemp('varied')
+    (source / 'annotations').mkdir()
+    for split in ('train', 'val'):
+        (source / f'{split}2017').symlink_to(shapes_root / f'{split}2017')
+        name = f'annotations/instances_{split}2017.json'
+        dataset = json.loads((shapes_root / name).read_text())
+        for category, word in zip(dataset['categories'], ('RBC', 'WBC', 'Platelets'), strict=False):
+            category['name'] = word
+        (source / name).write_text(json.dumps(dataset))
+    write_varied(source, root, variants=1)
+    return root
+
+
 @pytest.fixture
 def build_runner(shapes_root, tmp_path, monkeypatch):
     """Builds the Runner of a config under configs/; see :func:`runner_builder`."""
@@ -92,7 +110,7 @@ def runner_builder(shapes_root, work_dir, monkeypatch):
     def build(name: str, row: str = 'faster-rcnn_r50_fpn_cbn-all_1x_coco', evaluate: bool = True, **options) -> Runner:
         monkeypatch.setenv('CBN_ROW', row)
         config = Config.fromfile(ROOT / 'configs' / name)
-        for loader in (config.train_dataloader, config.val_dataloader):
+        for loader in filter(None, (config.train_dataloader, config.val_dataloader)):
             loader.update(num_workers=0, persistent_workers=False)
         config.test_dataloader = config.val_dataloader
         if not evaluate:

@@ -235,8 +235,8 @@ def test_without_a_window_not_one_operator_is_called_beyond_batchnorms(mode, sam
 
 
 @pytest.mark.parametrize('momentum', [0.1, 0.7, None])
-def test_running_statistics_are_batchnorms(momentum):
-    model = conv_and_norm(window_size=4, momentum=momentum)
+def test_running_statistics_of_the_batch_are_batchnorms(momentum):
+    model = conv_and_norm(window_size=4, momentum=momentum, running_stats='batch')
     reference = nn.BatchNorm2d(4, momentum=momentum).double()
     for x in batches(5):
         model(x)
@@ -248,7 +248,7 @@ def test_running_statistics_are_batchnorms(momentum):
 @pytest.mark.parametrize('kind', [dict(), dict(order=0), dict(samples=10_000)], ids=str)
 def test_running_statistics_of_the_window_are_those_of_all_its_examples(kind):
     """The variance unbiased, as BatchNorm has it; with a bias of the convolution, which is in what is normalized."""
-    model = conv_and_norm(conv=CONVOLUTIONS['bias'], window_size=3, momentum=0.3, running_stats='window', **kind)
+    model = conv_and_norm(conv=CONVOLUTIONS['bias'], window_size=3, momentum=0.3, **kind)
     seen, mean, var = [], torch.zeros(4).double(), torch.ones(4).double()
     for number, x in enumerate(batches(6, shape=(1, 4, 9, 7))):
         model(x)

@@ -21,6 +21,7 @@ OPTIONS = {
     'default_hooks.checkpoint': None,
     'optim_wrapper.optimizer': dict(type='SGD', lr=0.01, _delete_=True),
 }
+STUDY = ROOT / 'configs/study/retinanet_r18_fpn_cbn_varied.py'
 ALL = 100_000  # more than there are positions
 
 
@@ -159,13 +160,13 @@ def test_plots_show_errors_over_tau_and_over_the_training():
 
 
 @pytest.fixture
-def run_tool(shapes_root, tmp_path):
+def run_tool(varied_root, tmp_path):
     """Runs the tool in a process of its own, for it leaves mmengine's logger behind."""
 
     def run(*arguments):
         tool = ROOT / 'tools/analyze_statistics.py'
         command = [sys.executable, *map(str, [tool, *arguments, '--out', tmp_path])]
-        environment = {**os.environ, 'SHAPES_ROOT': str(shapes_root), 'OMP_NUM_THREADS': '2'}
+        environment = {**os.environ, 'VARIED_ROOT': str(varied_root), 'OMP_NUM_THREADS': '2'}
         return subprocess.run(command, env=environment, capture_output=True, text=True)
 
     return run
@@ -174,14 +175,14 @@ def run_tool(shapes_root, tmp_path):
 def test_the_tool_writes_tables_and_plots_and_draws_them_anew(run_tool, tmp_path):
     options = ['--cfg-options', 'custom_hooks.0.burn_in_epochs=0']
     numbers = ['--every', 4, '--max-tau', 2, '--samples', 8, '--iters', 4]
-    result = run_tool(ROOT / 'configs' / CONFIG, *numbers, *options)
+    result = run_tool(STUDY, *numbers, *options)
     table = (tmp_path / 'statistics.md').read_text()
     assert result.returncode == 0 and table in result.stdout
     assert '| mean, in sigma, tau = 1 | mean, in sigma, tau = 2 |' in table and '| 8 samples |' in table
     assert TWO_LAYERS in table
     assert {row['iteration'] for row in read(tmp_path / 'statistics.csv')} == {'4'}
     layers = {row['layer'] for row in read(tmp_path / 'layers.csv')}
-    assert {'backbone.bn1', 'roi_head.bbox_head.shared_convs.3.bn'} < layers
+    assert {'backbone.bn1', 'neck.fpn_convs.1.bn'} < layers
     assert {row['before'] for row in read(tmp_path / 'gradients.csv')} == {'1', '2'}
     assert not list(tmp_path.glob('*.pth'))
 
@@ -196,9 +197,9 @@ def test_the_tool_writes_tables_and_plots_and_draws_them_anew(run_tool, tmp_path
     [
         ([], '--out has nothing to draw'),
         (['no_such.py'], 'CONFIG must be a file, got no_such.py'),
-        ([ROOT / 'configs' / CONFIG, '--every', 5, '--max-tau', 5], 'every must be an int >= 6, got 5'),
+        ([STUDY, '--every', 5, '--max-tau', 5], 'every must be an int >= 6, got 5'),
         (
-            [ROOT / 'configs' / CONFIG, '--iters', 2],
+            [STUDY, '--iters', 2],
             '--every 10 and --max-tau 7 allow no comparison after burn-in in a training of 2',
         ),
     ],

@@ -7,14 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 
 from mmdet_cbn import CBN
+from mmdet_cbn.experiments.gradients import GradientRatioHook
 from mmdet_cbn.experiments.logs import Run, collect, find_runs, settings_of, store_runs
 from mmdet_cbn.experiments.report import markdown, plot_figure, write_report
 from mmdet_cbn.experiments.reproduction import Setting, Trial, load, trials_of
 from mmdet_cbn.experiments.study import BURN_IN, IMAGES, RATE, RUNNING, STUDY, WINDOW
-from mmdet_cbn.experiments.varied import write_varied
 
 CONFIGS = ROOT / 'configs'
 ROWS = {row.run: row for table in STUDY for row in table.rows}
@@ -33,22 +34,6 @@ def images_of(row):
 def row_of(table, method, x):
     (row,) = (row for row in table.rows if row.labels == (method, x))
     return row
-
-
-@pytest.fixture(scope='module')
-def varied_root(shapes_root, tmp_path_factory):
-    """Views of the drawn shapes, under the names of the study's classes."""
-    source, root = tmp_path_factory.mktemp('source'), tmp_path_factory.mktemp('varied')
-    (source / 'annotations').mkdir()
-    for split in ('train', 'val'):
-        (source / f'{split}2017').symlink_to(shapes_root / f'{split}2017')
-        name = f'annotations/instances_{split}2017.json'
-        dataset = json.loads((shapes_root / name).read_text())
-        for category, word in zip(dataset['categories'], ('RBC', 'WBC', 'Platelets'), strict=False):
-            category['name'] = word
-        (source / name).write_text(json.dumps(dataset))
-    write_varied(source, root, variants=1)
-    return root
 
 
 @pytest.mark.parametrize('images', [1, 2, 4])
@@ -84,9 +69,9 @@ def test_each_table_varies_what_it_says():
         assert config_of(row).custom_hooks[0].burn_in_epochs == row.labels[1]
     assert BURN_IN.rows[-1].labels == ('BN', config_of(BURN_IN.rows[-1]).train_cfg.max_epochs)
     for row in RUNNING.rows:
-        assert config_of(row).model.backbone.norm_cfg.get('running_stats') == (
-            'window' if row.labels[0].endswith(', window') else None
-        )
+        norm = config_of(row).model.backbone.norm_cfg
+        assert (norm.get('running_stats') == 'batch') == ('of the batch' in row.labels[0])
+        assert norm.get('momentum', 0.1) == (0.01 if 'momentum 0.01' in row.labels[0] else 0.1)
 
 
 def test_a_run_that_tables_share_is_made_once(tmp_path):
@@ -118,6 +103,19 @@ def test_each_method_trains(method, build_runner, varied_root, monkeypatch):
         order, samples = (0 if 'Naive' in method else 1), (64 if '64' in method else None)
         assert len(layers) == 26
         assert {(layer.order, layer.samples, layer.window_size) for layer in layers} == {(order, samples, 8)}
+
+
+def test_a_plain_resnet_trains_and_is_looked_at(build_runner, varied_root, monkeypatch):
+    monkeypatch.setenv('VARIED_ROOT', str(varied_root))
+    options = {'train_cfg.max_epochs': 1, 'param_scheduler': [], 'custom_hooks.0.burn_in_epochs': 0}
+    runner = build_runner('study/resnet18_cbn_varied.py', evaluate=False, **options)
+    hook = GradientRatioHook(every=2, draws=1)
+    runner.register_hook(hook)
+    runner.train()
+    assert 0 < runner.message_hub.get_scalar('train/loss').current() < 2
+    assert len({ratio.layer for ratio in hook.ratios}) == 20 - 1, 'all but the first have one before them'
+    with pytest.raises(NotImplementedError, match="mode must be 'loss', got 'predict'"):
+        runner.model(torch.zeros(1, 3, 32, 32), [], mode='predict')
 
 
 # -- the report

@@ -17,6 +17,7 @@ _METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     'CBN': ('cbn', {}),
     'CBN, 64 samples': ('cbn', {'samples': 64}),
 }
+_WORDS = {'running_stats': 'of the', 'momentum': 'momentum'}
 
 
 def _row(method: str, images: int, x: float, *, rate: float = 1, burn_in: int | None = None, **arguments: Any) -> Row:
@@ -47,7 +48,7 @@ def _row(method: str, images: int, x: float, *, rate: float = 1, burn_in: int | 
         **({} if burn_in is None else {'custom_hooks.0.burn_in_epochs': burn_in}),
     }
     words = [method.lower().replace(', ', ' '), str(images), *(f'{key} {value}' for key, value in changes.items())]
-    label = f'{method}, window' if 'running_stats' in arguments else method
+    label = ', '.join([method, *(f'{_WORDS[key]} {value}' for key, value in arguments.items() if key in _WORDS)])
     return Row('-'.join(words).replace(' ', '-'), (label, x), config, {}, options, folder='study')
 
 
@@ -89,9 +90,12 @@ RATE = _table(
 )
 RUNNING = _table(
     'running',
-    'Running statistics of the batch, or of the window where it says so',
+    'Statistics for evaluation: averages of the window (the default) or of the batch, with momentum 0.1 or less',
     'images',
-    *(_row(method, images, images) for method in ('Naive CBN', 'CBN') for images in (1, 2)),
-    *(_row(method, images, images, running_stats='window') for method in ('Naive CBN', 'CBN') for images in (1, 2)),
+    *(_row('CBN', images, images) for images in (1, 2, 4)),
+    *(_row('CBN', images, images, running_stats='batch') for images in (1, 2, 4)),
+    _row('CBN', 1, 1, momentum=0.01),
+    _row('BN', 1, 1),
+    _row('BN', 1, 1, momentum=0.01),
 )
 STUDY = (IMAGES, WINDOW, BURN_IN, RATE, RUNNING)
