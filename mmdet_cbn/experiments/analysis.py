@@ -101,9 +101,11 @@ def plot_errors(statistics: Averages) -> Figure:
     figure = Figure(figsize=(10, 7), layout='constrained')
     panels: Any = figure.subplots(2, 2, sharey='row')
     for (error, name), axes in zip(_ERRORS.items(), panels, strict=True):
-        for compensation in dict.fromkeys(row['compensation'] for row in statistics):
+        for number, compensation in enumerate(dict.fromkeys(row['compensation'] for row in statistics)):
             rows = [row for row in statistics if row['compensation'] == compensation]
-            style = dict(color='black', linestyle='--') if compensation == NOISE else dict(marker='.')
+            # The later are the thinner, for some coincide.
+            width = max(5 - number, 1)
+            style: Any = dict(color='black', linestyle='--') if compensation == NOISE else dict(linewidth=width)
             _line(axes[0], averages(rows, ['tau'], [error]), label=compensation, **style)
             _line(axes[1], [r for r in averages(rows, ['iteration', 'tau'], [error]) if r['tau'] == tau], **style)
         axes[0].set(yscale='log', ylabel=f'error of the {name}')
