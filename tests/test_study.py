@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -178,3 +179,16 @@ def test_a_damaged_store_is_named(content, tmp_path):
         return
     with pytest.raises(RuntimeError, match=r'runs\.json is not what tools/report\.py writes'):
         find_runs([tmp_path / 'runs.json'])
+
+
+def test_the_tables_of_the_results_are_those_of_the_stored_runs(tmp_path, monkeypatch):
+    docs = ROOT / 'docs'
+    copy = tmp_path / 'results.md'
+    text = (docs / 'results.md').read_text()
+    copy.write_text(re.sub(r'(<!-- study\S+ -->\n).*?(<!-- end)', r'\1\2', text, flags=re.DOTALL))
+    assert len(copy.read_text()) < len(text) - 1000
+    tables = [table.number for table in STUDY]
+    arguments = [str(docs / 'results/study/runs.json'), '--table', *tables, '--trials', '3', '--readme', str(copy)]
+    monkeypatch.setattr(sys, 'argv', ['report.py', *arguments])
+    runpy.run_path(str(ROOT / 'tools' / 'report.py'), run_name='__main__')
+    assert copy.read_text() == text

@@ -8,7 +8,7 @@ from typing import Any
 from .paper import BOX, Row, Table
 
 METRICS = BOX[:5]  # there are few large objects
-_EPOCHS, _ITERS = 8, 1152  # of one epoch with 1 image
+_EPOCHS, _ITERS = 8, 1152  # of about one epoch with 1 image
 _METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     'BN': ('bn', {}),
     'GN': ('gn', {}),
