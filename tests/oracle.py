@@ -53,7 +53,8 @@ class OracleCBN:
         nu_bar = torch.stack(nus).mean(dim=0)  # Eq. 10
         # Eq. 11, squared as Eq. 12 wants it: the gradient of the root is infinite where all values are one.
         var_bar = nu_bar - mu_bar**2
-        self.deviation = (var_bar + self.eps).sqrt().detach()
+        self.mean, self.var = mu_bar.detach(), var_bar.detach()
+        self.deviation = (self.var + self.eps).sqrt()
         x_hat = (x - mu_bar[:, None, None]) / (var_bar[:, None, None] + self.eps).sqrt()  # Eq. 12
 
         weights = theta.detach()

@@ -264,6 +264,24 @@ def test_running_statistics_of_the_window_are_those_of_all_its_examples(kind):
     torch.testing.assert_close(model[1].running_mean, mean)
 
 
+def test_running_statistics_of_the_window_are_the_oracles_while_weights_change():
+    model = conv_and_norm(window_size=3, momentum=0.3, conv=CONVOLUTIONS['1x1'])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    oracle = OracleCBN(3)
+    mean, var = torch.zeros(4).double(), torch.ones(4).double()
+    for number, x in enumerate(batches(5), start=1):
+        y = model(x)
+        oracle(x, model[0].weight, model[1].weight, model[1].bias)
+        count = min(number, 3) * y.numel() / y.size(1)
+        mean.lerp_(oracle.mean, 0.3)
+        var.lerp_(oracle.var * count / (count - 1), 0.3)
+        torch.testing.assert_close(model[1].running_mean, mean)
+        torch.testing.assert_close(model[1].running_var, var)
+        optimizer.zero_grad()
+        loss_of(y).backward()
+        optimizer.step()
+
+
 def test_without_running_statistics_evaluation_uses_the_batch_as_batchnorm_does():
     model = conv_and_norm(window_size=3, track_running_stats=False)
     for x in batches(3):

@@ -162,7 +162,7 @@ def assert_near(actual, expected, scale):
 def test_the_layer_is_the_oracle_or_says_that_there_is_one_value_a_channel(training):
     """Outputs, gradients and running statistics, through changes of the weights, whatever the shapes in between."""
     torch.manual_seed(training.seed)
-    norm = CBN(training.conv['out_channels'], **training.norm)
+    norm = CBN(training.conv['out_channels'], running_stats='batch', **training.norm)
     model = nn.Sequential(nn.Conv2d(**training.conv), norm)
     model.to(dtype=training.dtype, memory_format=training.memory_format)
     conv = model[0]

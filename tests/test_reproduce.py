@@ -117,6 +117,7 @@ def test_the_report_has_the_numbers_of_the_logs(killed_and_restarted, tmp_path):
     assert names == {
         *(f'{name}.{kind}' for name in tables for kind in ('md', 'csv')),
         'table5-epochs.png',
+        'runs.json',
     }
     text = (tmp_path / 'table5.md').read_text()
     for row in ROWS:
