@@ -344,6 +344,13 @@ def test_a_dry_run_prints_commands_for_every_row_and_runs_nothing(number, small,
             assert '--resume' in training and '--resume' not in evaluation
 
 
+@pytest.mark.parametrize(('table', 'folder'), [('5', 'paper'), ('study-rate', 'study')])
+def test_the_paper_and_the_study_have_folders_of_their_own(table, folder, monkeypatch, capsys):
+    code, text = reproduce(monkeypatch, capsys, '--table', table, '--gpus', '1', '--trials', '1', '--dry-run')
+    work_dirs = re.findall(r'train\.py \S+ --work-dir (\S+?)/[^/]+/seed-0', text)
+    assert code == 0 and set(work_dirs) == {f'work_dirs/{folder}'}
+
+
 def test_a_run_that_two_rows_share_is_made_once(tmp_path):
     setting = Setting(ROOT, tmp_path)
     trials = trials_of([row for table in TABLES if table.number in '56' for row in table.rows], 1, setting)
@@ -364,6 +371,7 @@ def test_a_small_twin_multiplies_its_own_images():
         (['--table', '5', '--rows', 'bn', 'cbn-head'], '--rows: bn not in the table; it has none, bn-head, '),
         (['--table', '5', '--gpus', '0'], '--gpus must be 1 or more, got 0'),
         (['--table', '5', '--trials', '-1'], '--trials must be 1 or more, got -1'),
+        (['--table', '5', 'study-rate', '--small'], '--small: the tables of our study have no small twins'),
         (['--table', '5', '--cfg-options', 'a.b'], '--cfg-options must be KEY=VALUE, got a.b'),
     ],
 )

@@ -1,4 +1,4 @@
-"""Train and evaluate the rows of the paper's tables, each several times, or print the commands that do.
+"""Train and evaluate the rows of the paper's tables or our study's, each several times, or print the commands that do.
 
     python tools/reproduce.py --table 5 --dry-run
     python tools/reproduce.py --table 5 6 --rows cbn-head gn-head --gpus 4 --trials 5
@@ -28,11 +28,11 @@ ROOT = Path(__file__).resolve().parents[1]
 def parse_args() -> tuple[argparse.Namespace, list[Table]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     numbers = list(dict.fromkeys(table.number for table in TABLES))
-    parser.add_argument('--table', nargs='+', required=True, choices=numbers, help='tables or figures of the paper')
+    parser.add_argument('--table', nargs='+', required=True, choices=numbers, help='of the paper, or of our own study')
     parser.add_argument('--rows', nargs='+', help='names of rows, as the dry run gives them (default: all)')
     parser.add_argument('--gpus', type=int, default=4, help='default: %(default)s; with 1, the CPU if there is no GPU')
     parser.add_argument('--trials', type=int, default=5, help='seeds 0, 1, ... (default: %(default)s)')
-    parser.add_argument('--work-dir', type=Path, help='default: work_dirs/paper, or work_dirs/small')
+    parser.add_argument('--work-dir', type=Path, help='default: work_dirs/paper, work_dirs/small or work_dirs/study')
     parser.add_argument('--small', action='store_true', help='the small twins, on drawn shapes (tools/make_shapes.py)')
     parser.add_argument('--dry-run', action='store_true', help='print the commands only')
     parser.add_argument('--cfg-options', nargs='+', default=[], metavar='KEY=VALUE', help="as for mmdet's tools")
@@ -43,6 +43,8 @@ def parse_args() -> tuple[argparse.Namespace, list[Table]]:
     if wrong := [option for option in args.cfg_options if '=' not in option]:
         parser.error(f'--cfg-options must be KEY=VALUE, got {wrong[0]}')
     tables = [table for table in TABLES if table.number in args.table]
+    if args.small and any(table.is_ours for table in tables):
+        parser.error('--small: the tables of our study have no small twins; they are small')
     names = [row.name for table in tables for row in table.rows]
     if unknown := set(args.rows or []) - set(names):
         parser.error(f'--rows: {", ".join(sorted(unknown))} not in the table; it has {", ".join(names)}')
@@ -75,7 +77,8 @@ def main() -> None:
     args, tables = parse_args()
     # It tells on stdout of each environment variable that a config reads, between the commands of a dry run.
     MMLogger.get_current_instance().setLevel('WARNING')
-    work_dir = args.work_dir or Path('work_dirs') / ('small' if args.small else 'paper')
+    kind = 'small' if args.small else 'study' if all(table.is_ours for table in tables) else 'paper'
+    work_dir = args.work_dir or Path('work_dirs') / kind
     root = Path(os.path.relpath(ROOT)) if Path.cwd().is_relative_to(ROOT) else ROOT
     setting = Setting(root, work_dir, args.gpus, args.small, tuple(args.cfg_options))
     results = {}
