@@ -91,7 +91,7 @@ RATE = _table(
 )
 RUNNING = _table(
     'running',
-    'Statistics for evaluation: averages of the window (the default) or of the batch, with momentum 0.1 or less',
+    'Running statistics of the window (the default) or of the batch',
     'images',
     *(_row('CBN', images, images) for images in (1, 2, 4)),
     *(_row('CBN', images, images, running_stats='batch') for images in (1, 2, 4)),
