@@ -55,14 +55,12 @@ def draw(folder: Path) -> str:
     """Make table and plots of the CSV files in a folder, beside them; returns the table.
 
     Raises:
-        FileNotFoundError: There are no such files.
+        FileNotFoundError: There are none of statistics; those of gradients may be missing.
     """
-    table = ''
-    if (folder / STATISTICS).is_file() or not (folder / GRADIENTS).is_file():
-        statistics = _read(folder / STATISTICS)
-        table = to_markdown(statistics)
-        (folder / 'statistics.md').write_text(table, encoding='utf-8')
-        plot_errors(statistics).savefig(folder / 'statistics.png', dpi=100)
+    statistics = _read(folder / STATISTICS)
+    table = to_markdown(statistics)
+    (folder / 'statistics.md').write_text(table, encoding='utf-8')
+    plot_errors(statistics).savefig(folder / 'statistics.png', dpi=100)
     if (folder / GRADIENTS).is_file():
         plot_ratios(_read(folder / GRADIENTS)).savefig(folder / 'gradients.png', dpi=100)
     return table

@@ -131,18 +131,17 @@ class Replay:
     @contextmanager
     def weights_of(self, old: OldIteration, but: set[str]) -> Iterator[None]:
         """The weights of then in place of those of now, in all layers but those named."""
-        of_now = {
-            id(p) for name in but for module in (self.layers[name], self.convs[name]) for p in module.parameters()
-        }
-        replaced = {p: p.data for p in self._model.parameters() if id(p) not in of_now}
+        modules = [module for name in but for module in (self.layers[name], self.convs[name])]
+        of_now = {parameter for module in modules for parameter in module.parameters()}
+        replaced = {name: p for name, p in self._model.named_parameters() if p not in of_now}
+        data_of_now = {name: p.data for name, p in replaced.items()}
         try:
-            for name, parameter in self._model.named_parameters():
-                if parameter in replaced:
-                    parameter.data = old.parameters[name]
+            for name, parameter in replaced.items():
+                parameter.data = old.parameters[name]
             yield
         finally:
-            for parameter, data in replaced.items():
-                parameter.data = data
+            for name, parameter in replaced.items():
+                parameter.data = data_of_now[name]
 
     def _roi_extractors(self) -> dict[str, Any]:
         """Those of the RoI heads by their kind; heads of several stages, or without one, are not looked at."""
@@ -190,7 +189,7 @@ class Replay:
     def _replay(self, name: str, seen: Seen) -> Tensor:
         self._visit(name, seen)  # type: ignore[misc]
         if name == self._last:
-            raise _Far(name)
+            raise _Far
         layer, old = seen.layer, self._running.layers[name]  # type: ignore[union-attr]
         moved_mean = old.window_mean + (seen.batch_mean - old.mean)
         moved_var = old.window_var * ((seen.var + layer.eps) / (old.var + layer.eps))
