@@ -13,7 +13,8 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -147,13 +148,21 @@ def resume(self: Runner, filename: str, *args: Any, **kwargs: Any) -> None:
 _save_checkpoint = runner.save_checkpoint
 
 
+@contextmanager
+def whole_file(path: str) -> Iterator[str]:
+    """Where to write what shall lie at ``path``, which gets its name when it is whole. For a URL, itself."""
+    if '://' in path:
+        yield path
+    else:
+        part = f'{path}.part'
+        yield part
+        os.replace(part, path)
+
+
 def save_checkpoint(checkpoint: dict, filename: str, *args: Any, **kwargs: Any) -> None:
     """In place of mmengine's, for its Runner: the same, but a file gets its name when it is whole."""
-    if '://' in filename:
-        return _save_checkpoint(checkpoint, filename, *args, **kwargs)
-    part = f'{filename}.part'
-    _save_checkpoint(checkpoint, part, *args, **kwargs)
-    os.replace(part, filename)
+    with whole_file(filename) as path:
+        _save_checkpoint(checkpoint, path, *args, **kwargs)
 
 
 def find_latest_checkpoint(path: str) -> str | None:

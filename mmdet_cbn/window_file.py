@@ -11,7 +11,7 @@ import torch
 from mmengine import fileio
 
 from .cbn import CBN
-from .checkpoint import restricted_torch_load
+from .checkpoint import restricted_torch_load, whole_file
 
 _MARK = '.cbn_window_rank'
 
@@ -25,7 +25,9 @@ def save(path: str, layers: Mapping[str, CBN]) -> None:
     """Write the windows of ``layers``, by their names in the model."""
     with io.BytesIO() as buffer:
         torch.save({name: layer.window_state() for name, layer in layers.items()}, buffer)
-        fileio.put(buffer.getvalue(), path)
+        # A run may be killed as it saves a checkpoint that is there already.
+        with whole_file(path) as at:
+            fileio.put(buffer.getvalue(), at)
 
 
 def remove_orphans(folder: str, rank: int) -> None:

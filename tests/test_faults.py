@@ -1,53 +1,93 @@
 """A training that is killed again and again ends with the weights of one that is not."""
 
+import multiprocessing
+import os
 import random
 import signal
-import subprocess
 import sys
 import time
+import warnings
+from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import Net, runner_for
+from mmengine.fileio import LocalBackend
 from torch.utils._pytree import tree_leaves
 
+from mmdet_cbn import CBN
 from mmdet_cbn.checkpoint import find_latest_checkpoint
 
-SCRIPT = """
-import os
-import signal
-import sys
-from pathlib import Path
-
-import torch
-from conftest import Net, runner_for
-from mmdet_cbn import CBN
-
-folder, epochs, save_window, die_at = Path(sys.argv[1]), *map(int, sys.argv[2:])
+PROCESSES = multiprocessing.get_context('forkserver')
+PROCESSES.set_forkserver_preload(['mmdet_cbn.experiments.varied'])  # and with it all that takes seconds to import
 
 
 class MortalNet(Net):
+    """Kills its process in iteration ``die_at``."""
+
+    def __init__(self, norm, die_at):
+        super().__init__(norm)
+        self.die_at = die_at
+
     def forward(self, inputs, mode='tensor'):
-        if runner.iter == die_at:
+        if len(self.lengths) == self.die_at:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().forward(inputs, mode)
 
 
-torch.set_num_threads(1)
-torch.manual_seed(0)
-hook = dict(type='CBNBurnInHook', burn_in_epochs=2, save_window=bool(save_window))
-model = MortalNet(CBN(4, window_size=4))
-runner = runner_for(folder, model, hook, epochs=epochs, resume=True)
-runner.register_hook(dict(type='CheckpointHook', interval=1))
-runner.train()
-(folder / 'window_lengths').write_text(repr(model.lengths))
-"""
+def die_in_write(number):
+    """Kill this process half through the file that it writes as its ``number``-th, windows and checkpoints."""
+    put, written = LocalBackend.put, count(1)
+
+    def put_or_die(self, data, path):
+        if next(written) == number:
+            put(self, data[: len(data) // 2], path)
+            os.kill(os.getpid(), signal.SIGKILL)
+        put(self, data, path)
+
+    LocalBackend.put = put_or_die
 
 
-def start(folder, epochs, save_window=True, die_at=-1):
-    command = [sys.executable, '-W', 'ignore', '-c', SCRIPT, folder, epochs, int(save_window), die_at]
-    command = [str(word) for word in command]
-    return subprocess.Popen(command, cwd=Path(__file__).parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def train(folder, epochs, save_window, die_at, write_to_die_in):
+    with open(f'{folder}.log', 'a') as log:
+        os.dup2(log.fileno(), sys.stdout.fileno())
+        os.dup2(log.fileno(), sys.stderr.fileno())
+    warnings.simplefilter('ignore')
+    die_in_write(write_to_die_in)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    hook = dict(type='CBNBurnInHook', burn_in_epochs=2, save_window=save_window)
+    model = MortalNet(CBN(4, window_size=4), die_at)
+    runner = runner_for(folder, model, hook, epochs=epochs, resume=True)
+    # Besides mmengine's own: each checkpoint is written again while it is there and named.
+    runner.register_hook(dict(type='CheckpointHook', interval=1))
+    runner.train()
+    (folder / 'window_lengths').write_text(repr(model.lengths))
+
+
+def start(folder, epochs, save_window=True, die_at=-1, write_to_die_in=-1):
+    process = PROCESSES.Process(target=train, args=(folder, epochs, save_window, die_at, write_to_die_in))
+    process.start()
+    return process
+
+
+def exit_code(process):
+    process.join()
+    return process.exitcode
+
+
+def end_of_log(folder):
+    return Path(f'{folder}.log').read_text()[-3000:]
+
+
+def assert_they_end_alike(undisturbed, killed, epochs):
+    for folder in (undisturbed, killed):
+        assert exit_code(start(folder, epochs)) == 0, end_of_log(folder)
+    ends = [torch.load(folder / f'epoch_{epochs}.pth', weights_only=False) for folder in (undisturbed, killed)]
+    for key in ('state_dict', 'optimizer'):
+        leaves = [[leaf for leaf in tree_leaves(end[key]) if isinstance(leaf, torch.Tensor)] for end in ends]
+        assert leaves[0] and all(torch.equal(*pair) for pair in zip(*leaves, strict=True)), key
 
 
 def test_ten_kills_change_nothing(tmp_path):
@@ -57,21 +97,30 @@ def test_ten_kills_change_nothing(tmp_path):
     for _ in range(10):
         process = start(killed, epochs=100_000)  # more than it can do
         before = find_latest_checkpoint(str(killed))
-        while find_latest_checkpoint(str(killed)) == before and process.poll() is None:
+        while find_latest_checkpoint(str(killed)) == before and process.is_alive():
             time.sleep(0.001)
         time.sleep(moments.uniform(0, 0.2))
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+        process.kill()
+        assert exit_code(process) == -signal.SIGKILL, end_of_log(killed)
         for file in killed.glob('*.pth'):
             torch.load(file, weights_only=False)  # whole
         reached.append(int(Path(find_latest_checkpoint(str(killed))).stem.removeprefix('epoch_')))
     assert reached == sorted(set(reached)), 'each run has got further'
     epochs = reached[-1] + 2
-    assert [start(folder, epochs).wait() for folder in (undisturbed, killed)] == [0, 0]
-    ends = [torch.load(folder / f'epoch_{epochs}.pth', weights_only=False) for folder in (undisturbed, killed)]
-    for key in ('state_dict', 'optimizer'):
-        leaves = [[leaf for leaf in tree_leaves(end[key]) if isinstance(leaf, torch.Tensor)] for end in ends]
-        assert leaves[0] and all(torch.equal(*pair) for pair in zip(*leaves, strict=True)), key
+    assert_they_end_alike(undisturbed, killed, epochs)
+
+
+def test_kills_in_the_midst_of_a_write_change_nothing(tmp_path):
+    killed = tmp_path / 'killed'
+    for write, latest in (
+        (5, 1),  # after four in the first epoch, the windows of the second
+        (2, 1),  # its checkpoint
+        (3, 2),  # its windows again, when its checkpoint is there and named
+        (4, 3),  # a checkpoint again
+    ):
+        assert exit_code(start(killed, 5, write_to_die_in=write)) == -signal.SIGKILL, end_of_log(killed)
+        assert Path(find_latest_checkpoint(str(killed))).stem == f'epoch_{latest}'
+    assert_they_end_alike(tmp_path / 'undisturbed', killed, epochs=5)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +131,7 @@ def test_ten_kills_change_nothing(tmp_path):
     ],
 )
 def test_killed_in_mid_epoch_it_resumes_burn_in_where_the_epoch_began(tmp_path, die_at, resumed_lengths):
-    assert start(tmp_path, 3, save_window=False, die_at=die_at).wait() == -signal.SIGKILL
-    assert start(tmp_path, 3, save_window=False).wait() == 0
-    assert (tmp_path / 'window_lengths').read_text() == repr(resumed_lengths)
+    folder = tmp_path / 'killed'
+    for die_at_, code in ((die_at, -signal.SIGKILL), (-1, 0)):
+        assert exit_code(start(folder, 3, save_window=False, die_at=die_at_)) == code, end_of_log(folder)
+    assert (folder / 'window_lengths').read_text() == repr(resumed_lengths)
