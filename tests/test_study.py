@@ -54,8 +54,9 @@ def test_methods_differ_in_their_normalizers_only(images):
 def test_the_learning_rate_grows_with_the_root_of_the_images():
     rates = {images_of(row): config_of(row).optim_wrapper.optimizer.lr for row in IMAGES.rows}
     assert rates == pytest.approx({1: 0.001, 2: 0.001414, 4: 0.002, 8: 0.002828, 16: 0.004}, abs=1e-6)
-    halves = [config_of(row_of(RATE, 'CBN', x)).optim_wrapper.optimizer.lr for x in (0.5, 1, 2)]
-    assert halves == [0.0005, 0.001, 0.002]
+    for method in ('BN', 'CBN'):
+        rates = [config_of(row_of(RATE, method, x)).optim_wrapper.optimizer.lr for x in (0.5, 1, 2, 4)]
+        assert rates == [0.0005, 0.001, 0.002, 0.004]
 
 
 def test_each_table_varies_what_it_says():

@@ -72,22 +72,21 @@ WINDOW = _table(
     'Window size k, 1 image per step (BN: k images per step)',
     'k',
     *(_row('BN', images, images) for images in (1, 2, 4, 8, 16)),
-    *_windows('Naive CBN', (8, 16)),
+    *_windows('Naive CBN', (2, 4, 8, 16)),
     *_windows('CBN', (2, 4, 8, 16)),
 )
 BURN_IN = _table(
     'burn-in',
     'Burn-in, of 8 epochs, 1 image per step (8: BN)',
     'epochs of burn-in',
-    *(_row('CBN', 1, epochs, **({} if epochs == 2 else {'burn_in': epochs})) for epochs in (0, 2, 4)),
+    *(_row('CBN', 1, epochs, **({} if epochs == 2 else {'burn_in': epochs})) for epochs in (0, 2, 4, 7)),
     _row('BN', 1, 8),
 )
 RATE = _table(
     'rate',
     'Learning rate, 1 image per step',
     'times the learning rate',
-    _row('BN', 1, 1),
-    *(_row('CBN', 1, rate, rate=rate) for rate in (0.5, 1, 2)),
+    *(_row(method, 1, rate, rate=rate) for method in ('BN', 'CBN') for rate in (0.5, 1, 2, 4)),
 )
 RUNNING = _table(
     'running',
