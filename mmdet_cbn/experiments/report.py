@@ -33,8 +33,7 @@ def markdown(table: Table, entries: Mapping[str, list[Entry]], trials: int = 1, 
     """
     if table.is_ours:
         return _markdown_of_study(table, entries, trials)
-    heads = [*table.labels, '', *(_short(metric) for metric in table.metrics), 'config']
-    lines = [f'### {table.title}', '', _line(heads), _line(['---'] * len(heads))]
+    lines = _heading(table, [*table.labels, '', *(_short(metric) for metric in table.metrics), 'config'])
     notes: list[str] = []
     missing = []
     for row in table.rows:
@@ -75,8 +74,7 @@ def markdown(table: Table, entries: Mapping[str, list[Entry]], trials: int = 1, 
 
 
 def _markdown_of_study(table: Table, entries: Mapping[str, list[Entry]], trials: int) -> str:
-    heads = [*table.labels, *(_short(metric) for metric in table.metrics), 'trials']
-    lines = [f'### {table.title}', '', _line(heads), _line(['---'] * len(heads))]
+    lines = _heading(table, [*table.labels, *(_short(metric) for metric in table.metrics), 'trials'])
     missing = []
     for row in table.rows:
         as_planned = [entry for entry in entries.get(row.name, []) if not entry.differences]
@@ -89,6 +87,10 @@ def _markdown_of_study(table: Table, entries: Mapping[str, list[Entry]], trials:
     if missing:
         lines += ['', f'Not trained: {", ".join(missing)}.']
     return '\n'.join(lines) + '\n'
+
+
+def _heading(table: Table, heads: list[str]) -> list[str]:
+    return [f'### {table.title}', '', _line(heads), _line(['---'] * len(heads))]
 
 
 def _trials(runs: list[Run]) -> str:
