@@ -17,6 +17,7 @@ from mmdet_cbn.experiments.logs import Run, collect, find_runs, settings_of, sto
 from mmdet_cbn.experiments.report import markdown, plot_figure, write_report
 from mmdet_cbn.experiments.reproduction import Setting, Trial, load, trials_of
 from mmdet_cbn.experiments.study import BURN_IN, IMAGES, RATE, RUNNING, STUDY, WINDOW
+from mmdet_cbn.window import suggested_window_size
 
 CONFIGS = ROOT / 'configs'
 METHODS = ['BN', 'GN', 'BRN', 'Naive CBN', 'CBN', 'CBN, 64 samples']
@@ -54,23 +55,32 @@ def test_methods_differ_in_their_normalizers_only(images):
 def test_the_learning_rate_grows_with_the_root_of_the_images():
     rates = {images_of(row): config_of(row).optim_wrapper.optimizer.lr for row in IMAGES.rows}
     assert rates == pytest.approx({1: 0.001, 2: 0.001414, 4: 0.002, 8: 0.002828, 16: 0.004}, abs=1e-6)
-    for method in ('BN', 'CBN'):
-        rates = [config_of(row_of(RATE, method, x)).optim_wrapper.optimizer.lr for x in (0.5, 1, 2, 4)]
-        assert rates == [0.0005, 0.001, 0.002, 0.004]
+    for images, values in ((1, (0.5, 1, 2, 4)), (4, (0.5, 1, 2))):
+        for method in (f'BN, {of(images)}', f'CBN, {of(images)}'):
+            factors = [config_of(row_of(RATE, method, x)).optim_wrapper.optimizer.lr / rates[images] for x in values]
+            assert factors == pytest.approx(values)
+
+
+def of(images):
+    return {1: '1 image', 4: '4 images'}[images]
 
 
 def test_each_table_varies_what_it_says():
+    assert all(row.labels[0].endswith(of(images_of(row))) for row in (*BURN_IN.rows, *RATE.rows))
     for row in WINDOW.rows:
-        norm = config_of(row).model.neck.norm_cfg
-        if row.labels[0] == 'BN':
-            assert images_of(row) == row.labels[1]
+        method, k = row.labels
+        if method == 'BN':
+            assert images_of(row) == k
         else:
-            assert images_of(row) == 1 and norm.get('order', 1) == ('Naive' not in row.labels[0])
-            # 'auto' is 8 with one image.
-            assert (8 if norm.window_size == 'auto' else norm.window_size) == row.labels[1]
-    for row in BURN_IN.rows[:-1]:
-        assert config_of(row).custom_hooks[0].burn_in_epochs == row.labels[1]
-    assert BURN_IN.rows[-1].labels == ('BN', config_of(BURN_IN.rows[-1]).train_cfg.max_epochs)
+            norm = config_of(row).model.neck.norm_cfg
+            assert method.endswith(of(images_of(row))) and norm.get('order', 1) == ('Naive' not in method)
+            assert (suggested_window_size(images_of(row)) if norm.window_size == 'auto' else norm.window_size) == k
+    for row in BURN_IN.rows:
+        config = config_of(row)
+        if row.labels[0].startswith('BN'):
+            assert row.labels[1] == config.train_cfg.max_epochs
+        else:
+            assert row.labels[1] == config.custom_hooks[0].burn_in_epochs
     for row in RUNNING.rows:
         norm = config_of(row).model.backbone.norm_cfg
         assert (norm.get('running_stats') == 'batch') == ('of the batch' in row.labels[0])

@@ -3,8 +3,10 @@
 The setting was chosen by BN alone: with 1 or 2 images a step it is far below BN with 4 or 8.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
+from ..window import suggested_window_size
 from .paper import BOX, Row, Table
 
 METRICS = BOX[:5]  # there are few large objects
@@ -56,8 +58,16 @@ def _table(name: str, title: str, x: str, *rows: Row) -> Table:
     return Table(f'study-{name}', title, ('method', x), METRICS, rows, gpus=1)
 
 
-def _windows(method: str, sizes: tuple[int, ...]) -> list[Row]:
-    return [_row(method, 1, k) if k == 8 else _row(method, 1, k, window_size=k) for k in sizes]
+def _of(images: int, row: Row) -> Row:
+    """``row`` in a table of several numbers of images."""
+    method, x = row.labels
+    return row._replace(labels=(f'{method}, {images} image{"s" * (images > 1)}', x))
+
+
+def _series(method: str, images: int, argument: str, values: Iterable[float]) -> list[Row]:
+    """One argument of :func:`_row` varied; where it is the config's own value, the row is that of IMAGES."""
+    own = {'window_size': suggested_window_size(images), 'burn_in': 2, 'rate': 1}[argument]
+    return [_of(images, _row(method, images, x, **({} if x == own else {argument: x}))) for x in values]
 
 
 IMAGES = _table(
@@ -69,24 +79,28 @@ IMAGES = _table(
 )
 WINDOW = _table(
     'window',
-    'Window size k, 1 image per step (BN: k images per step)',
+    'Window size k (BN: k images per step)',
     'k',
     *(_row('BN', images, images) for images in (1, 2, 4, 8, 16)),
-    *_windows('Naive CBN', (2, 4, 8, 16)),
-    *_windows('CBN', (2, 4, 8, 16)),
+    *_series('Naive CBN', 1, 'window_size', (2, 4, 8, 16)),
+    *_series('CBN', 1, 'window_size', (2, 4, 8, 16)),
+    *_series('CBN', 4, 'window_size', (2, 4, 8)),
 )
 BURN_IN = _table(
     'burn-in',
-    'Burn-in, of 8 epochs, 1 image per step (8: BN)',
+    'Burn-in, of 8 epochs (8: BN)',
     'epochs of burn-in',
-    *(_row('CBN', 1, epochs, **({} if epochs == 2 else {'burn_in': epochs})) for epochs in (0, 2, 4, 7)),
-    _row('BN', 1, 8),
+    *_series('CBN', 1, 'burn_in', (0, 2, 4, 7)),
+    _of(1, _row('BN', 1, _EPOCHS)),
+    *_series('CBN', 4, 'burn_in', (0, 2, 4)),
+    _of(4, _row('BN', 4, _EPOCHS)),
 )
 RATE = _table(
     'rate',
-    'Learning rate, 1 image per step',
+    'Learning rates',
     'times the learning rate',
-    *(_row(method, 1, rate, rate=rate) for method in ('BN', 'CBN') for rate in (0.5, 1, 2, 4)),
+    *(row for method in ('BN', 'CBN') for row in _series(method, 1, 'rate', (0.5, 1, 2, 4))),
+    *(row for method in ('BN', 'CBN') for row in _series(method, 4, 'rate', (0.5, 1, 2))),
 )
 RUNNING = _table(
     'running',
