@@ -3,7 +3,7 @@
 The setting was chosen by BN alone: with 1 or 2 images a step it is far below BN with 4 or 8.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 from ..window import suggested_window_size
@@ -64,10 +64,11 @@ def _of(images: int, row: Row) -> Row:
     return row._replace(labels=(f'{method}, {images} image{"s" * (images > 1)}', x))
 
 
-def _series(method: str, images: int, argument: str, values: Iterable[float]) -> list[Row]:
+def _series(method: str, images: int, argument: str, values: Sequence[float]) -> list[Row]:
     """One argument of :func:`_row` varied; where it is the config's own value, the row is that of IMAGES."""
     own = {'window_size': suggested_window_size(images), 'burn_in': 2, 'rate': 1}[argument]
-    return [_of(images, _row(method, images, x, **({} if x == own else {argument: x}))) for x in values]
+    varied: list[dict[str, Any]] = [{} if x == own else {argument: x} for x in values]
+    return [_of(images, _row(method, images, x, **each)) for x, each in zip(values, varied, strict=True)]
 
 
 IMAGES = _table(
