@@ -1,5 +1,6 @@
 """Running the command-line tools of the installed mmdet."""
 
+import gc
 import runpy
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -78,3 +79,5 @@ def run_tool(name: str) -> None:
         # mmengine leaves the process group open, and then the first process to end can make the others abort.
         distributed.barrier()
         distributed.destroy_process_group()
+        # The runner's cycles of references keep its threads alive, which can abort the process as Python ends.
+        gc.collect()

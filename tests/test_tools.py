@@ -127,6 +127,10 @@ def free_port() -> int:
 
 
 WEIGHTS_OF_EACH_PROCESS = """
+import atexit
+import os
+from pathlib import Path
+
 import torch
 from mmengine.dist import get_rank
 from mmengine.hooks import Hook
@@ -146,6 +150,12 @@ class WeightsOfEachProcess(Hook):
     def after_train(self, runner):
         file = f'{runner.work_dir}/weights_{get_rank()}.pth'
         torch.save(dict(rois=self.rois, model=runner.model.module.state_dict()), file)
+
+
+@atexit.register
+def note_threads():
+    names = [file.read_text() for file in Path('/proc/self/task').glob('*/comm')]
+    Path(f'threads_{os.getpid()}').write_text(''.join(names))
 """
 
 
@@ -199,6 +209,9 @@ def test_distributed_training_and_testing(run, tmp_path, shapes_root, processes,
                 assert torch.equal(value, ends[0]['model'][name]), name
     log = run(ROOT / 'tools/dist_test.sh', config, 'run/epoch_2.pth', processes, *SMALL_RUN, *options, **environment)
     assert 'Average Precision  (AP) @[ IoU=0.50:0.95' in log
+
+    threads = [file.read_text() for file in tmp_path.glob('threads_*')]
+    assert len(threads) == 2 * processes and not any('gloo' in names for names in threads), threads
 
 
 @pytest.mark.parametrize(
