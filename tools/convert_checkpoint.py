@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from mmengine.config import Config
 
-from mmdet_cbn.checkpoint import load_checkpoint
+from mmdet_cbn.checkpoint import load_checkpoint, whole_file
 from mmdet_cbn.errors import naming
 from mmdet_cbn.experiments.released_checkpoint import convert_checkpoint, model_shapes
 
@@ -46,10 +46,8 @@ def main() -> int:
     if not report.complete:
         print(f'{args.checkpoint} does not fill the model of {args.config}; nothing was written')
         return 1
-    # Under its name the file appears whole or not at all.
-    part = args.out.with_name(f'{args.out.name}.part')
-    torch.save(converted, part)
-    part.rename(args.out)
+    with whole_file(str(args.out)) as path:
+        torch.save(converted, path)
     print(f'wrote {args.out}')
     return 0
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from mmengine.config import Config
 
-from ..checkpoint import find_latest_checkpoint
+from ..checkpoint import find_latest_checkpoint, whole_file
 from .paper import Row
 
 SETTINGS = 'settings.json'  # in the folder of a trial
@@ -144,9 +144,8 @@ class Trial:
         file = self.work_dir / SETTINGS
         settings = {'run': self.row.run, 'config': self.config.name, 'gpus': self.setting.gpus, 'options': self.options}
         if not file.exists():
-            unfinished = file.with_suffix('.tmp')
-            unfinished.write_text(json.dumps(settings, indent=2))
-            unfinished.replace(file)
+            with whole_file(str(file)) as path:
+                Path(path).write_text(json.dumps(settings, indent=2))
             return
         try:
             begun = json.loads(file.read_text())
