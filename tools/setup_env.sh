@@ -50,8 +50,8 @@ fi
 export PATH="$PWD/$VENV/bin:$PATH" # where the build of mmcv finds ninja
 pip() { $VENV/bin/python -m pip --disable-pip-version-check "$@"; }
 
-echo "make $TARGET: installing torch"
-pip install --quiet $(pinned torch) ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"}
+echo "make $TARGET: installing torch and torchvision"
+pip install --quiet $(pinned torch torchvision) ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"}
 pip install --quiet $(pinned setuptools wheel ninja psutil)
 
 # mmcv has no wheel for this torch, and without its operators no detector runs: build them here, against the torch
