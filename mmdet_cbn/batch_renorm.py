@@ -11,6 +11,8 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from .arguments import check_bool, check_device_and_dtype, check_int, check_real, shown
+from .calls import Iteration, recall
+from .errors import refuse_data_parallel
 from .normalization import runs_again
 from .statistics import batch_statistics
 
@@ -28,6 +30,9 @@ class BRN(nn.BatchNorm2d):
     No gradient goes through r and d. Both limits start as BatchNorm's own (r_max = 1, d_max = 0) and grow linearly; the
     steps are counted by ``num_batches_tracked``, so a resumed run goes on where it was. Where that counter comes from a
     checkpoint of a BatchNorm, the limits are those of its count.
+
+    A channel with inf or NaN in a batch keeps its running statistics. A layer that is called several times in an
+    iteration keeps r and d of each call, for activation checkpointing.
 
     Evaluation, parameters and checkpoints are those of ``nn.BatchNorm2d``. As that paper has it, the running average is
     taken of the deviation, not of the variance, and of the biased one: ``running_var`` holds sigma^2 - eps.
@@ -52,7 +57,8 @@ class BRN(nn.BatchNorm2d):
     Raises:
         TypeError: An argument of the wrong type.
         ValueError: An argument of a value that is not allowed; in training, one value a channel, as in torch.
-        RuntimeError: In training, an input of another number of channels.
+        RuntimeError: In training, an input of another number of channels; in ``torch.nn.DataParallel``; in a
+            checkpointed block, if it cannot be known which of several calls runs again.
     """
 
     def __init__(
@@ -86,7 +92,7 @@ class BRN(nn.BatchNorm2d):
         self.r_max = check_real('BRN', 'r_max', r_max, 'a number >= 1', lambda value: value >= 1)
         self.d_max = check_real('BRN', 'd_max', d_max, 'a number >= 0', lambda value: value >= 0)
         self.r_steps, self.d_steps = _steps('r_steps', r_steps), _steps('d_steps', d_steps)
-        self._correction: tuple[Tensor, Tensor] | None = None
+        self._iteration = Iteration()
 
     def extra_repr(self) -> str:
         return (
@@ -106,27 +112,36 @@ class BRN(nn.BatchNorm2d):
         if not self.training or input.numel() == 0:
             return super().forward(input)
         self._check_input_dim(input)
+        second_run = runs_again()
+        # A compiled graph computes a checkpointed block again by itself.
+        calls = None if second_run or torch.compiler.is_compiling() else self._iteration
+        call = None if calls is None else calls.begin_call(None)
         with torch.no_grad():
-            second_run = runs_again()
             mean, var = batch_statistics(input)
             deviation = (var + self.eps).sqrt()
-            if self._correction is None or not second_run:
-                self._correction = self._corrections(mean, deviation)
-            r, d = self._correction
+            r, d = recall(self, self._iteration, input.shape) if second_run else self._corrections(mean, deviation)
+            if calls is not None:
+                calls.note(input.shape, None, (r, d))
         # gamma (xhat r + d) + beta is BatchNorm with other coefficients, and r and d are constant to autograd.
         gamma, beta = (r, d) if self.weight is None else (self.weight * r, self.weight * d)
         if self.bias is not None:
             beta = beta + self.bias
         y = F.batch_norm(input, None, None, gamma, beta, training=True, eps=self.eps)
+        if call is not None and y.grad_fn is not None:
+            y.grad_fn.register_prehook(call.go_back)
         if not second_run:
             self._update_running_statistics(mean, deviation)
         return y
+
+    def _replicate_for_data_parallel(self) -> 'BRN':
+        refuse_data_parallel(self)
+        return super()._replicate_for_data_parallel()
 
     def _corrections(self, mean: Tensor, deviation: Tensor) -> tuple[Tensor, Tensor]:
         """r and d, [C] each."""
         running_mean, running_var, steps = self._running()
         running_deviation = (running_var + self.eps).sqrt()
-        # On the device, lest the host wait for the count.
+        # On the device: the host must not wait for the count.
         r_progress, d_progress = (
             (steps - first).to(mean.dtype).div(last - first).clamp(0, 1) for first, last in (self.r_steps, self.d_steps)
         )
@@ -139,11 +154,14 @@ class BRN(nn.BatchNorm2d):
     @torch.no_grad()
     def _update_running_statistics(self, mean: Tensor, deviation: Tensor) -> None:
         running_mean, running_var, steps = self._running()
+        finite = deviation < torch.inf  # NaN is not; and where the mean is inf or NaN, the deviation is NaN
+        mean = mean.where(finite, running_mean)
         steps.add_(1)
         weight = 1 / steps.to(running_mean.dtype) if self.momentum is None else self.momentum
         running_mean.lerp_(mean.to(running_mean.dtype), weight)
         running_deviation = (running_var + self.eps).sqrt()
         change = (deviation.to(running_var.dtype) - running_deviation) * weight
+        change = change.where(finite, 0)
         # (sigma + change)^2 - sigma^2
         running_var.add_(change * (2 * running_deviation + change)).clamp_(min=0)
 

@@ -1,20 +1,23 @@
 """The normalizer: Cross-Iteration Batch Normalization (Yao et al., Cross-Iteration Batch Normalization)."""
 
+import logging
 import random
-import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
+from mmengine.logging import print_log
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from . import compiled
 from .arguments import check_bool, check_choice, check_device_and_dtype, check_int, check_names, check_real, shown
-from .calls import Call, CallWindows, FirstRun
+from .calls import Call, CallWindows, recall
 from .conversion import active_norms, become, under
 from .convolution import ConvCall, ConvFinder, unsupported_because
+from .errors import refuse_data_parallel, title_of
 from .normalization import WindowNorm, runs_again
 from .statistics import (
     CompensatedStatistics,
@@ -106,7 +109,9 @@ class CBN(nn.BatchNorm2d):
     Raises:
         TypeError: An argument of the wrong type.
         ValueError: An argument of a value that is not allowed; in training, one value a channel, as in torch.
-        RuntimeError: In training, an input of another number of channels; in the first training forward with
+        RuntimeError: In training, an input of another number of channels; in ``torch.nn.DataParallel``, whose replicas
+            cannot keep a window; in a checkpointed block, if it cannot be known which of several calls runs again; in
+            the first training forward with
             ``order`` 1 or 2, if no supported convolution feeds the layer; in training with ``window_size='auto'``, if
             nothing has put in a number; in training under ``torch.export``.
     """
@@ -150,9 +155,10 @@ class CBN(nn.BatchNorm2d):
         self.burn_in = False
         self.window_length = 0
         self.diagnose = False
+        self._has_warned = False
         self._finder = ConvFinder()
-        # On the device, lest the host wait for them.
-        self._bad_batches: Tensor | None = None
+        # On the device: the host must not wait for them.
+        self._bad_batches = torch.zeros((), dtype=torch.long, device=device)
         self._diagnosed: Tensor | None = None
         self.window_size = window_size
 
@@ -207,9 +213,9 @@ class CBN(nn.BatchNorm2d):
     def bad_batches(self) -> int:
         """In how many training batches a channel had inf or NaN, since the layer was made, copied or moved.
 
-        Only batches that CBN normalized count, not those of burn-in. To read it makes the host wait for the device.
+        Without running statistics, batches of burn-in do not count. To read it makes the host wait for the device.
         """
-        return 0 if self._bad_batches is None else int(self._bad_batches)
+        return int(self._bad_batches)
 
     def diagnosis(self) -> Diagnosis | None:
         """Means over the forwards since this was last called, those of burn-in left out; None if there were none.
@@ -275,12 +281,14 @@ class CBN(nn.BatchNorm2d):
         self._windows.begin_iteration()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, '_bad_batches': None, '_diagnosed': None}  # a copy begins to count
+        # A copy begins to count.
+        return {**self.__dict__, '_bad_batches': torch.zeros_like(self._bad_batches), '_diagnosed': None}
 
     def _apply(self, fn: Any, recurse: bool = True) -> 'CBN':
         super()._apply(fn, recurse)
         self.forget_window()  # the window stays behind on a move to another device or precision
-        self._bad_batches = self._diagnosed = None
+        self._bad_batches = fn(self._bad_batches).zero_()
+        self._diagnosed = None
         return self
 
     def _load_from_state_dict(self, *args: Any) -> None:
@@ -292,7 +300,7 @@ class CBN(nn.BatchNorm2d):
         # Else one channel would be taken for all, or all for one.
         if self.training and input.numel() > 0 and input.size(1) != self.num_features:
             raise RuntimeError(
-                f'{self._title()} expected an input of {self.num_features} channels, got input size {input.size()}'
+                f'{title_of(self)} expected an input of {self.num_features} channels, got input size {input.size()}'
             )
 
     def forward(self, input: Tensor) -> Tensor:
@@ -301,24 +309,45 @@ class CBN(nn.BatchNorm2d):
             return super().forward(input)
         if self.window_size == 'auto':
             raise RuntimeError(
-                f"{self._title()} was built with window_size='auto', which CBNBurnInHook replaces by a number when "
+                f"{title_of(self)} was built with window_size='auto', which CBNBurnInHook replaces by a number when "
                 "mmengine's Runner begins to train. Add dict(type='CBNBurnInHook', burn_in_epochs=3) to custom_hooks, "
                 'or set the window_size of the layer.'
             )
         if self.window_size == 1:
-            self.window_length = 1
-            return super().forward(input)
+            return self._batch_norm(input)
         if _is_exporting():
             # It would trace the window into the graph, and leave tensors of its own in it.
-            raise RuntimeError(f'{self._title()} cannot be exported in training: call model.eval() before.')
+            raise RuntimeError(f'{title_of(self)} cannot be exported in training: call model.eval() before.')
         self._check_input_dim(input)
         feeding = self._feeding_call(input) if self.order > 0 else None
         if input.numel() == 0:
             return self._empty_forward(input, None if feeding is None else feeding[0])
-        if self.burn_in or (self.order > 0 and feeding is None):
-            self.window_length = 1
-            return super().forward(input)
+        if self.burn_in:
+            return self._batch_norm(input)
+        if self.order > 0 and feeding is None:
+            self._warn_once('the convolution that fed it before has been replaced; it looks for the new one')
+            return self._batch_norm(input)
         return self._cross_iteration_forward(input, feeding)
+
+    def _batch_norm(self, input: Tensor) -> Tensor:
+        """BatchNorm in training (k = 1); but inf and NaN stay out of the running statistics, as with a window."""
+        self.window_length = 1
+        if input.numel() == 0 or self.running_mean is None or self.running_var is None:
+            return super().forward(input)
+        self._check_input_dim(input)
+        # Autograd keeps the statistics that BatchNorm updates, and they must not change after that: hence the copies.
+        mean, var = self.running_mean.clone(), self.running_var.clone()
+        momentum = 1.0 if self.momentum is None else self.momentum
+        output = F.batch_norm(input, mean, var, self.weight, self.bias, True, momentum, self.eps)
+        with torch.no_grad():
+            finite = var < torch.inf
+            self._count_if_bad(finite)
+            count = self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+            for running, new in ((self.running_mean, mean), (self.running_var, var)):
+                if self.momentum is None:  # for the cumulative average
+                    new = running.lerp(new, 1 / count.to(new.dtype))
+                running.copy_(new.where(finite, running))
+        return output
 
     def _empty_forward(self, input: Tensor, conv: nn.Conv2d | None) -> Tensor:
         output = super().forward(input)
@@ -333,7 +362,7 @@ class CBN(nn.BatchNorm2d):
             found = self._finder.find(input)
         except LookupError:
             raise RuntimeError(
-                f'{self._title()} compensates for the change of the convolution that feeds it, but its input is not '
+                f'{title_of(self)} compensates for the change of the convolution that feeds it, but its input is not '
                 f'the output of a convolution that was called just before, unchanged. {_REMEDY}'
             ) from None
         if found is None:
@@ -342,15 +371,15 @@ class CBN(nn.BatchNorm2d):
         reason = unsupported_because(conv)
         if reason is not None:
             raise RuntimeError(
-                f'{self._title()} cannot compensate for the change of the convolution that feeds it, because {reason}. '
-                f'{_REMEDY}'
+                f'{title_of(self)} cannot compensate for the change of the convolution that feeds it, because '
+                f'{reason}. {_REMEDY}'
             )
         return conv, conv_input  # type: ignore[return-value]
 
     def _cross_iteration_forward(self, input: Tensor, feeding: tuple[nn.Conv2d, Tensor] | None) -> Tensor:
         if input.numel() == input.size(1):
             raise ValueError(
-                f'{self._title()} expected more than 1 value per channel when training, got input size {input.size()}'
+                f'{title_of(self)} expected more than 1 value per channel when training, got input size {input.size()}'
             )
         conv, conv_input = feeding or (None, None)
         running = (self.running_mean, self.running_var, self.num_batches_tracked)
@@ -385,10 +414,12 @@ class CBN(nn.BatchNorm2d):
             batch_mean, var = batch_statistics(input)
             mean = batch_mean if conv_bias is None else batch_mean - conv_bias
             if second_run:
-                past = self._past_of_first_run(input.shape, module)
+                past = recall(self, self._windows.iteration, input.shape, module)
             else:
                 past = self._past_statistics(conv)
-                self._windows.first_runs.append(FirstRun(input.shape, module, past))
+                if self._windows.misfit or (past is None and len(self._windows.current) > 0):
+                    self._warn_once('its window has statistics of another convolution, which are dropped')
+                self._windows.iteration.note(input.shape, module, past)
                 if self.diagnose and past is not None:
                     self._note_diagnosis(past, var)
             if past is None:
@@ -445,16 +476,6 @@ class CBN(nn.BatchNorm2d):
         noted = [correction.nan_to_num(0, 0, 0).mean(), invalid.to(var.dtype).mean(), var.new_ones(())]
         self._diagnosed = torch.stack(noted) if self._diagnosed is None else self._diagnosed + torch.stack(noted)
 
-    def _past_of_first_run(self, shape: torch.Size, conv: nn.Conv2d | None) -> tuple[Tensor, Tensor] | None:
-        """mu' and var' of the call that a checkpointed block runs again, which has pushed since."""
-        try:
-            return self._windows.first_run(shape, conv).past
-        except LookupError as error:
-            raise RuntimeError(
-                f'{self._title()} runs again in a checkpointed block, and it cannot be known which call that is: '
-                f'{error}. Use use_reentrant=False, or checkpoint no block that shares the layer.'
-            ) from None
-
     def _update_running_statistics(
         self,
         mean: Tensor,
@@ -464,9 +485,8 @@ class CBN(nn.BatchNorm2d):
         num_batches_tracked: Tensor | None,
     ) -> None:
         """As in BatchNorm, the variance unbiased; but not from channels of inf or NaN."""
-        finite = unbiased_var < torch.inf  # which NaN is not; and where the mean is neither, the variance is not
-        bad = finite.logical_not().any()
-        self._bad_batches = bad.long() if self._bad_batches is None else self._bad_batches.add_(bad)
+        finite = unbiased_var < torch.inf  # NaN is not; and where the mean is inf or NaN, the variance is NaN
+        self._count_if_bad(finite)
         if running_mean is None or running_var is None or num_batches_tracked is None:
             return
         num_batches_tracked.add_(1)
@@ -475,8 +495,26 @@ class CBN(nn.BatchNorm2d):
             weight = 1 / num_batches_tracked.to(running.dtype) if self.momentum is None else self.momentum
             running.lerp_(current.to(running.dtype).where(finite, running), weight)
 
-    def _title(self) -> str:
-        return f"CBN layer '{_qualified_name(self)}' ({self})"
+    def _count_if_bad(self, finite: Tensor) -> None:
+        if self._bad_batches.device != finite.device:  # converted on another device
+            self._bad_batches = torch.zeros_like(self._bad_batches, device=finite.device)
+        self._bad_batches.add_(finite.all().logical_not())
+
+    def _warn_once(self, reason: str) -> None:
+        if self._has_warned or torch.compiler.is_compiling():
+            return
+        self._has_warned = True
+        print_log(
+            f'{title_of(self)} normalizes with the current batch alone in this iteration, because {reason}. If that '
+            'goes on, it trains as BatchNorm. This is said once; CBNBurnInHook logs the number of layers without a '
+            'window as cbn_without_window.',
+            logger='current',
+            level=logging.WARNING,
+        )
+
+    def _replicate_for_data_parallel(self) -> 'CBN':
+        refuse_data_parallel(self)
+        return super()._replicate_for_data_parallel()
 
 
 def _may_be(name: str, statistics: Tensor, num_features: int) -> bool:
@@ -485,18 +523,3 @@ def _may_be(name: str, statistics: Tensor, num_features: int) -> bool:
     if name in of_inputs:
         return statistics.dim() == of_inputs[name]
     return statistics.dim() == (5 if name == 'var_grad' else 2) and statistics.size(1) == num_features
-
-
-def _qualified_name(layer: nn.Module) -> str:
-    """The name of ``layer`` in the outermost module that is being called, found on the call stack.
-
-    For error messages: a module does not know its own name.
-    """
-    name = type(layer).__name__
-    frame = sys._getframe()
-    while frame.f_back is not None:
-        frame = frame.f_back
-        caller = frame.f_locals.get('self')
-        if isinstance(caller, nn.Module) and caller is not layer:
-            name = next((key for key, module in caller.named_modules() if module is layer), name)
-    return name

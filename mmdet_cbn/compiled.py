@@ -62,7 +62,7 @@ def window_statistics(
     norm: Any = _modules[layer]
     feeding = None if conv_input is None else (_modules[conv], conv_input)
     mean, var, share, call = norm._window_statistics(x, feeding, running_mean, running_var, num_batches_tracked)
-    norm._windows.compiled_call = call if learning else None
+    norm._windows.iteration.compiled_call = call if learning else None
     return mean, var, share
 
 
@@ -76,8 +76,8 @@ def _(x: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
 def go_back(share: Tensor, dy: Tensor, layer: int) -> Tensor:
     """Tell a layer that the backward pass has come to it, with ``dy``. ``share`` comes out as it went in."""
     norm: Any = _modules[layer]
-    if norm._windows.compiled_call is not None:
-        norm._windows.compiled_call.go_back()
+    if norm._windows.iteration.compiled_call is not None:
+        norm._windows.iteration.compiled_call.go_back()
     return share.clone()
 
 

@@ -108,9 +108,17 @@ class ConvFinder:
         # The convolutions known, with the handle of the hook that each has while the norm is in training.
         self._handles: dict[_ConvNd, RemovableHandle | None] = {}
         self._settled = False
+        self._in_training = False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy must watch as its original does, or it misses the convolution in its first forward.
+        self.__dict__.update(state)
+        if self._in_training and not self._settled:
+            _watch.add(self)
 
     def start(self) -> None:
         """The norm is in training from now on."""
+        self._in_training = True
         for conv, handle in self._handles.items():
             if handle is None:
                 self._handles[conv] = conv.register_forward_hook(remember_call, with_kwargs=True)
@@ -119,6 +127,7 @@ class ConvFinder:
 
     def stop(self) -> None:
         """The norm is in training no longer."""
+        self._in_training = False
         for conv, handle in self._handles.items():
             if handle is not None:
                 handle.remove()

@@ -33,11 +33,17 @@ class Window(Generic[Statistics]):
         self._next = 0
         self._length = 0
 
-    def belong_to(self, conv: nn.Module | None) -> None:
-        """What is pushed from now on are statistics behind ``conv``: those behind another one are forgotten."""
-        if self._conv is not conv and self._conv is not None:
+    def belong_to(self, conv: nn.Module | None) -> bool:
+        """What is pushed from now on are statistics behind ``conv``: those behind another one are forgotten.
+
+        Returns:
+            False where some were forgotten.
+        """
+        fits = self._conv is conv or self._conv is None or len(self) == 0
+        if not fits:
             self.clear()
         self._conv = conv
+        return fits
 
     def __len__(self) -> int:
         """How many iterations are there."""

@@ -82,7 +82,7 @@ def test_both_limits_bind_and_then_only_the_last_ones_do():
     seen = []
     for x in batches(10):
         norm(x)
-        seen.append(tuple(t.abs().max().item() for t in norm._correction))
+        seen.append(tuple(t.abs().max().item() for t in norm._iteration.first_runs[0].result))
     assert seen[0] == (1, 0), 'BatchNorm at first'
     assert max(r for r, _ in seen) == 1.5 and max(d for _, d in seen) == 0.4
     assert len({round(r, 6) for r, _ in seen}) > 3
@@ -103,7 +103,7 @@ def test_the_defaults_are_ioffes_schedule():
         norm.reset_running_stats()
         norm.num_batches_tracked.fill_(steps)
         norm(x)
-        assert [t.max().item() for t in norm._correction] == pytest.approx(limits)
+        assert [t.max().item() for t in norm._iteration.first_runs[0].result] == pytest.approx(limits)
 
 
 def test_a_resumed_run_goes_on_where_it_was():
@@ -141,6 +141,64 @@ def test_a_checkpointed_block_counts_one_step(use_reentrant):
         torch.testing.assert_close(*gradients, rtol=0, atol=0)
     for ours, theirs in zip(plain.buffers(), other.buffers(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_each_of_several_checkpointed_calls_runs_again_with_its_own_correction():
+    """As in a head that the levels of an FPN share."""
+    plain, other = layer(**EARLY), layer(**EARLY)
+    for x in batches(5):
+        levels = [x, x[:, :, :3] + 1, x[:, :, :, :2] * 3]
+        gradients = []
+        for norm in (plain, other):
+            norm.zero_grad()
+            leaves = [level.clone().requires_grad_() for level in levels]
+            ys = [norm(leaf) if norm is plain else checkpoint(norm, leaf, use_reentrant=False) for leaf in leaves]
+            sum(y.square().sum() for y in ys).backward()
+            gradients.append([leaf.grad for leaf in leaves] + [norm.weight.grad])
+        torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('use_reentrant', [True, False])
+def test_checkpointed_calls_that_cannot_be_told_from_each_other_are_refused(use_reentrant):
+    norm = layer(**EARLY)
+    leaves = [x.requires_grad_() for x in batches(2)]
+    losses = [checkpoint(norm, leaf, use_reentrant=use_reentrant).square().sum() for leaf in leaves]
+    with pytest.raises(RuntimeError, match=r'BRN layer .* runs again in a checkpointed block'):
+        sum(losses).backward()
+
+
+def test_nothing_is_kept_of_past_iterations():
+    norm = layer(**EARLY)
+    for x in batches(3):
+        norm(x.requires_grad_()).sum().backward()
+        assert len(norm._iteration.first_runs) == 1
+    assert copy.deepcopy(norm)._iteration.first_runs == []
+
+
+@pytest.mark.parametrize('momentum', [0.1, None])
+@pytest.mark.parametrize('bad', [float('nan'), float('inf'), 1e200])
+def test_a_bad_batch_harms_its_own_channel_and_iteration_alone(bad, momentum):
+    arguments = dict(EARLY, momentum=momentum)
+    norm, clean = layer(**arguments), layer(**arguments)
+    for number, x in enumerate(batches(8)):
+        poisoned = x.clone()
+        if number == 3:
+            poisoned[1, 2, 3, 1] = bad
+            before = clean.running_mean[2].item(), clean.running_var[2].item()
+        y = norm(poisoned)
+        expected = clean(x)
+        if number == 3:
+            assert (norm.running_mean[2].item(), norm.running_var[2].item()) == before
+        assert torch.equal(y[:, [0, 1, 3]], expected[:, [0, 1, 3]])
+        assert number == 3 or torch.isfinite(y).all()
+    for actual, expected in zip(norm.buffers(), clean.buffers(), strict=True):
+        assert torch.isfinite(actual).all()
+        assert actual.dim() == 0 or torch.equal(actual[[0, 1, 3]], expected[[0, 1, 3]])
+
+
+def test_replicas_of_data_parallel_are_refused_by_name():
+    with pytest.raises(RuntimeError, match=r'BRN layer .* cannot be trained in torch.nn.DataParallel'):
+        layer()._replicate_for_data_parallel()
 
 
 def test_checkpoints_are_batchnorms():

@@ -1,6 +1,7 @@
 """A layer that is called several times an iteration keeps a window for each call."""
 
 import copy
+import functools
 import gc
 
 import pytest
@@ -116,11 +117,11 @@ def test_no_graph_is_kept_alive():
     model = conv_and_norm(window_size=3)
     for x in batches(3):
         y = model(x)
-    graph = model[1]._windows.last_call()
+    graph = model[1]._windows.iteration.last_call
     assert graph is not None
     del graph, y
     gc.collect()
-    assert model[1]._windows.last_call() is None
+    assert model[1]._windows.iteration.last_call is None
 
 
 def test_a_call_without_any_position_is_a_call():
@@ -160,6 +161,48 @@ def test_a_checkpointed_call_that_cannot_be_told_from_another_is_an_error(use_re
     xs = [torch.randn(2, 4, size, size, dtype=torch.float64, requires_grad=True) for size in sizes]
     with pytest.raises(RuntimeError, match='runs again in a checkpointed block'):
         sum(loss_of(checkpoint(head, x, use_reentrant=use_reentrant)) for x in xs).backward()
+
+
+def test_calls_of_one_shape_in_re_entrant_checkpoints_are_refused():
+    """The first runs record no graph, so the layer takes them for iterations and runs the first again as the last."""
+    head = conv_and_norm(window_size=3)
+    for number in range(3):
+        x, other = (x.requires_grad_() for x in batches(2, seed=number))
+        if number < 2:
+            loss_of(checkpoint(head, x, use_reentrant=True)).backward()  # one call: right
+            continue
+        losses = [loss_of(checkpoint(head, each, use_reentrant=True)) for each in (x, other)]
+        with pytest.raises(RuntimeError, match=r"'1' .* runs again .*several of its calls .* inputs of \[2, 4, 9, 7\]"):
+            sum(losses).backward()
+
+
+@pytest.mark.parametrize('use_reentrant', [False, True])
+def test_a_block_in_a_checkpointed_block_runs_again_twice(use_reentrant):
+    nested, plain = conv_and_norm(window_size=3), conv_and_norm(window_size=3)
+    for x in batches(4):
+        inputs = [x.clone().requires_grad_() for _ in range(2)]
+        inner = functools.partial(checkpoint, nested, use_reentrant=use_reentrant)
+        step(list(plain.parameters()), [loss_of(plain(inputs[0]))])
+        loss_of(checkpoint(inner, inputs[1], use_reentrant=use_reentrant)).backward()
+        with torch.no_grad():
+            for parameter, expected in zip(nested.parameters(), plain.parameters(), strict=True):
+                parameter.sub_(0.01 * parameter.grad)
+                parameter.grad = None
+                torch.testing.assert_close(parameter, expected)
+
+
+@pytest.mark.parametrize('use_reentrant', [False, True])
+def test_a_second_backward_pass_through_a_checkpointed_block_is_the_first(use_reentrant):
+    model = conv_and_norm(window_size=3)
+    for x in batches(3):
+        x.requires_grad_()
+        loss = loss_of(checkpoint(model, x, use_reentrant=use_reentrant))
+        gradients = []
+        for retain_graph in (True, False):
+            x.grad = None
+            loss.backward(retain_graph=retain_graph)
+            gradients.append(x.grad)
+        assert torch.equal(*gradients)
 
 
 @KINDS

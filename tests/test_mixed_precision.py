@@ -61,7 +61,7 @@ def test_compensation_sees_a_change_of_the_weights_that_their_half_would_not(dty
         stays = (model[0].weight / (1 + change)).to(dtype) == model[0].weight.to(dtype)
         assert stays.float().mean() > 0.9
         model(second)
-    past_mean = model[1]._windows.first_runs[0].past[0][0]
+    past_mean = model[1]._windows.iteration.first_runs[0].result[0][0]
     # The mean is linear in the weights.
     torch.testing.assert_close(past_mean - mean, change * mean, rtol=0.05, atol=1e-6)
 

@@ -63,7 +63,7 @@ class NoteCorrections(Net):
         window = self.norm._windows.current.stacked()
         old = None if window is None else (window.mean.clone(), window.var.clone())
         outputs = super().forward(inputs, mode)
-        past = self.norm._windows.first_runs[0].past if self.norm._windows.first_runs else None
+        past = self.norm._windows.iteration.first_runs[0].result if self.norm._windows.iteration.first_runs else None
         if past is not None:
             self.moved.append(max((a - b).abs().max().item() for a, b in zip(past, old, strict=True)))
         return outputs
