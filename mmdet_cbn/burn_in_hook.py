@@ -3,7 +3,7 @@
 from typing import Any
 
 from mmengine import fileio
-from mmengine.dist import barrier, get_rank
+from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
@@ -15,6 +15,7 @@ from . import window_file
 from .arguments import check_bool, check_int, shown
 from .cbn import CBN
 from .conversion import active_norms
+from .switch_norm_hook import SwitchNormHook
 from .window import suggested_window_size
 
 _ITERS_BETWEEN_READINGS = 50  # of what the layers count: that makes the host wait for the device
@@ -28,9 +29,12 @@ class CBNBurnInHook(Hook):
     iteration that the runner counts, so a run resumed after it does not burn in again, and one resumed within it ends
     it where the uninterrupted run would have.
 
-    The hook also puts a number in the place of ``window_size='auto'``, logs once what it found, writes the current
-    window length (the longest of all layers) into the training log as ``cbn_window``, and warns every 50 iterations if
-    inf or NaN came into a layer.
+    The hook also puts a number in the place of ``window_size='auto'``, logs once what it found, and warns every 50
+    iterations if inf or NaN came into a layer. It writes the longest window of all layers into the training log as
+    ``cbn_window``, and the number of layers whose window is 1 (that is BN) as ``cbn_without_window``.
+
+    :class:`SwitchNormHook` can stand beside it and make CBN layers of others, or others of CBN layers, in the middle of
+    training. Burn-in counts from the beginning of the training in that case too.
 
     Args:
         burn_in_epochs: Length of the burn-in in epochs.
@@ -39,7 +43,8 @@ class CBNBurnInHook(Hook):
             ``<checkpoint>.cbn_window_rank<n>``, and read them on a resume, which then goes on as if it had never
             stopped, as far as mmengine's own state does. Otherwise the windows fill anew, within k iterations. The
             checkpoint itself is a BatchNorm's in either case. Files go when their checkpoint has gone
-            (``max_keep_ckpts``).
+            (``max_keep_ckpts``). A process writes its own windows when it saves the checkpoint: where one process alone
+            does so, or the run dies just then, the windows of the others fill anew.
         diagnostics: Whether to put into the training log, every 50 iterations, what each layer's
             :meth:`CBN.diagnosis` tells of them: ``cbn/<layer>/window_length``, ``cbn/<layer>/correction`` and
             ``cbn/<layer>/invalid``. It goes where mmengine's log goes, TensorBoard or WandB included.
@@ -47,8 +52,9 @@ class CBNBurnInHook(Hook):
     Raises:
         TypeError: A length that is not an int, or ``save_window`` or ``diagnostics`` that is not a bool.
         ValueError: None or both of the arguments, or a negative length.
-        RuntimeError: When training begins, if there is no CBN layer to burn in: none in the model, none left after
-            ``sync_bn`` converted them, or none in training mode; if ``burn_in_epochs`` meets a training loop that
+        RuntimeError: When training begins, if there is no CBN layer to burn in: none in the model and no
+            :class:`SwitchNormHook` that makes some, none left after ``sync_bn`` converted them, or none in training
+            mode; if ``burn_in_epochs`` meets a training loop that
             counts no epochs; if ``window_size='auto'`` finds no batch size; or if a file of windows does not fit.
     """
 
@@ -70,6 +76,8 @@ class CBNBurnInHook(Hook):
         self.save_window = check_bool('CBNBurnInHook', 'save_window', save_window)
         self.diagnostics = check_bool('CBNBurnInHook', 'diagnostics', diagnostics)
         self._resumed_from: str | None = None
+        self._begins = True  # the first iteration is to come
+        self._iterations = 0  # that were trained
         self._layers: dict[str, CBN] = {}
         self._bad_batches: dict[str, int] = {}
 
@@ -82,39 +90,40 @@ class CBNBurnInHook(Hook):
             resume(filename, *args, **kwargs)
 
         def save_window_and_checkpoint(out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:
-            window_file.remove_orphans(out_dir, get_rank())  # not after this: only one process writes the checkpoint
-            window_file.save(window_file.path_of(fileio.join_path(out_dir, filename), get_rank()), self._layers)
-            barrier()  # a checkpoint that is there has its windows, whenever the run may die
+            # First the windows, so that no checkpoint is without its own if the run dies in between. Processes must not
+            # wait for each other here, because a hook may save a checkpoint in one of them alone.
+            window_file.remove_orphans(out_dir, get_rank())
+            path = window_file.path_of(fileio.join_path(out_dir, filename), get_rank())
+            window_file.save(path, self._layers, self._iterations)
             save_checkpoint(out_dir, filename, *args, **kwargs)
 
         if self.save_window:
             runner.resume, runner.save_checkpoint = resume_and_note, save_window_and_checkpoint
 
     def before_train(self, runner: Runner) -> None:
-        """Find the CBN layers and say what will happen to them."""
+        """Check that there is, or will be, something to burn in."""
         if self.by_epoch and isinstance(runner.train_loop, IterBasedTrainLoop):
             raise RuntimeError(
                 f'CBNBurnInHook: burn_in_epochs={self.length} would never end, because IterBasedTrainLoop counts no '
                 'epochs. Use burn_in_iters; '
                 f'the train dataloader has {len(runner.train_dataloader)} iterations an epoch.'
             )
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        found = [module for module in model.modules() if isinstance(module, CBN)]
-        self._layers = {name: norm for name, norm in active_norms(model).items() if isinstance(norm, CBN)}
-        self._bad_batches = {name: norm.bad_batches for name, norm in self._layers.items()}
-        if not self._layers:
+        self._iterations, self._begins = runner.iter, True
+        model = _model_of(runner)
+        switches = any(isinstance(hook, SwitchNormHook) and hook.makes(CBN) for hook in runner.hooks)
+        if not switches and not _active_layers(model):
+            found = [module for module in model.modules() if isinstance(module, CBN)]
             raise RuntimeError(f'CBNBurnInHook: {_why_there_is_none(found, model, runner.cfg)}')
-        for layer in found:
-            if layer.window_size == 'auto':
-                layer.window_size = suggested_window_size(_images_per_gpu(runner.train_dataloader))
-        if self._resumed_from is not None:
-            self._load_window(runner, window_file.path_of(self._resumed_from, get_rank()))
-        for layer in self._layers.values():
-            layer.diagnose = self.diagnostics
-        self._announce(runner, frozen=len(found) - len(self._layers))
+        self._find_layers(runner)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         """Put every layer into or out of burn-in, and into the next iteration."""
+        # SwitchNormHook makes layers as an epoch begins, before or after the hooks of this one are called.
+        if (batch_idx == 0 or self._begins) and _active_layers(_model_of(runner)) != self._layers:
+            self._find_layers(runner)
+        if self._begins and self._resumed_from is not None:
+            self._load_window(runner, window_file.path_of(self._resumed_from, get_rank()))
+        self._begins = False
         burn_in = self._done(runner) < self.length
         for layer in self._layers.values():
             layer.burn_in = burn_in
@@ -124,12 +133,30 @@ class CBNBurnInHook(Hook):
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
     ) -> None:
         """Put the window length into the log, and now and then a warning of inf and NaN, and diagnoses."""
-        runner.message_hub.update_scalar(
-            'train/cbn_window', max(layer.window_length for layer in self._layers.values())
+        self._iterations = runner.iter + 1
+        lengths = [layer.window_length for layer in self._layers.values()]
+        runner.message_hub.update_scalars(
+            {
+                'train/cbn_window': max(lengths, default=1),
+                'train/cbn_without_window': sum(length <= 1 for length in lengths),
+            }
         )
         if self.every_n_train_iters(runner, _ITERS_BETWEEN_READINGS) or self.is_last_train_iter(runner):
             self._warn_of_bad_batches(runner)
             self._log_diagnoses(runner)
+
+    def _find_layers(self, runner: Runner) -> None:
+        """Make the CBN layers of this epoch ready, and say what will happen to them."""
+        model = _model_of(runner)
+        self._layers = _active_layers(model)
+        self._bad_batches = {name: norm.bad_batches for name, norm in self._layers.items()}
+        found = [module for module in model.modules() if isinstance(module, CBN)]
+        for layer in found:
+            if layer.window_size == 'auto':
+                layer.window_size = suggested_window_size(_images_per_gpu(runner.train_dataloader))
+        for layer in self._layers.values():
+            layer.diagnose = self.diagnostics
+        self._announce(runner, frozen=len(found) - len(self._layers))
 
     def _log_diagnoses(self, runner: Runner) -> None:
         for name, layer in self._layers.items():
@@ -143,8 +170,8 @@ class CBNBurnInHook(Hook):
         counts = {name: layer.bad_batches for name, layer in self._layers.items()}
         new = {name: count - self._bad_batches.get(name, 0) for name, count in counts.items()}
         self._bad_batches = counts
-        most = max(new, key=new.__getitem__)
-        if new[most] > 0:
+        most = max(new, key=new.__getitem__, default='')
+        if new.get(most, 0) > 0:
             runner.logger.warning(
                 f'CBN: in the last iterations, inf or NaN came into '
                 f"{sum(count > 0 for count in new.values())} of {len(new)} layers, into '{most}' in {new[most]} "
@@ -156,18 +183,23 @@ class CBNBurnInHook(Hook):
         if not fileio.exists(path):
             runner.logger.warning(f'CBN: {path} is missing, so the windows fill anew, within k iterations.')
             return
-        window_file.load(path, self._layers, next(runner.model.parameters()).device)
-        runner.logger.info(f'CBN: the windows are those of {path}.')
+        layers, names = self._layers, dict(_model_of(runner).named_modules()).keys()
+        count = window_file.load(path, layers, names, runner.iter, next(runner.model.parameters()).device)
+        runner.logger.info(f'CBN: the windows of {count} of {len(layers)} layers are those of {path}.')
 
     def _done(self, runner: Runner) -> int:
         return runner.epoch if self.by_epoch else runner.iter
 
     def _announce(self, runner: Runner, frozen: int) -> None:
+        layers = list(self._layers.values())
+        if not layers:
+            runner.logger.info('CBN: no layers in training now: SwitchNormHook changes them.')
+            return
         unit, total = ('epoch', runner.max_epochs) if self.by_epoch else ('iteration', runner.max_iters)
-        sizes = ', '.join(str(size) for size in sorted({layer.window_size for layer in self._layers.values()}))
-        orders = ', '.join(str(order) for order in sorted({layer.order for layer in self._layers.values()}))
+        sizes = ', '.join(str(size) for size in sorted({layer.window_size for layer in layers}))
+        orders = ', '.join(str(order) for order in sorted({layer.order for layer in layers}))
         runner.logger.info(
-            f'CBN: {len(self._layers)} layers in training{f" ({frozen} more are frozen)" if frozen else ""}, '
+            f'CBN: {len(layers)} layers in training{f" ({frozen} more are frozen)" if frozen else ""}, '
             f'window size {sizes}, order {orders}; '
             f'burn-in {"ends" if self._done(runner) < self.length else "ended"} after {unit} {self.length}.'
         )
@@ -176,6 +208,14 @@ class CBNBurnInHook(Hook):
                 f'CBN: the burn-in of {self.length} {unit}s is as long as the training of {total}: '
                 'this run trains with BN.'
             )
+
+
+def _model_of(runner: Runner) -> nn.Module:
+    return runner.model.module if is_model_wrapper(runner.model) else runner.model
+
+
+def _active_layers(model: nn.Module) -> dict[str, CBN]:
+    return {name: norm for name, norm in active_norms(model).items() if isinstance(norm, CBN)}
 
 
 def _images_per_gpu(dataloader: Any) -> int:

@@ -175,7 +175,7 @@ class CallWindows:
         return self.iteration.begin_call(None if conv is None else conv.weight)
 
     def state(self) -> list[dict[str, Any]]:
-        """What :meth:`load` brings back: plain data and copies of the tensors."""
+        """What :meth:`load` brings back: plain data and copies of the tensors, on the CPU."""
         return [window.state() for window in self]
 
     def load(self, state: list[dict[str, Any]], kinds: list[type]) -> None:

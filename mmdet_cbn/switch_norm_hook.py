@@ -22,6 +22,8 @@ class SwitchNormHook(Hook):
     Weights, running statistics, hooks and the state of the optimizer stay: the layers change in place. A checkpoint has
     the same keys before and after, and a resumed run has the normalizer of its epoch. Layers that are not in training
     (``norm_eval``, ``frozen_stages``) stay what they are, and so does the copy of an EMAHook, which is only evaluated.
+    Several of these hooks can follow each other, as BN, then CBN, then SyncBN: list them in the order of their epochs.
+    :class:`CBNBurnInHook` can stand beside them, in any order.
 
     Args:
         epoch: How many epochs are trained before the switch, as in mmengine's ``milestones`` and mmdet's
@@ -35,7 +37,8 @@ class SwitchNormHook(Hook):
         TypeError: An argument of the wrong type.
         ValueError: A negative epoch, a type that is not registered or is none of BatchNorm's kind; when training
             begins, no active layer of type ``source``, or none under one of the prefixes.
-        RuntimeError: When training begins, if the training loop counts no epochs.
+        RuntimeError: When training begins, if the training loop counts no epochs, or if this hook is listed before one
+            that makes layers of type ``source``.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class SwitchNormHook(Hook):
         self.to: dict[str, Any] = to if isinstance(to, dict) else dict(type=to)
         # That they can be built is seen now, not in the middle of training.
         old, new = _build('source', dict(type=source), nn.BatchNorm2d(1)), _build('to', self.to, nn.BatchNorm2d(1))
+        self._kinds = type(old), type(new)
         try:
             become(old, new)
         except ValueError as error:
@@ -58,7 +62,11 @@ class SwitchNormHook(Hook):
             ) from error
         self.source = source
         self.prefixes = prefixes
-        self._layers: list[_BatchNorm] = []
+        self._is_done = False
+
+    def makes(self, kind: type[nn.Module]) -> bool:
+        """Whether layers become ``kind``, or a subclass of it."""
+        return issubclass(self._kinds[1], kind)
 
     def before_train(self, runner: Runner) -> None:
         """Say what will happen, or why nothing can."""
@@ -67,11 +75,20 @@ class SwitchNormHook(Hook):
                 f'SwitchNormHook: epoch={self.epoch} would never come, because IterBasedTrainLoop counts no epochs. '
                 'Train by epochs.'
             )
-        self._layers = list(self._find(runner).values())
-        runner.logger.info(
-            f'SwitchNormHook: {len(self._layers)} layers are {self.source} for the first {self.epoch} epochs, '
-            f'then {self.to["type"]}.'
-        )
+        self._is_done = False
+        others = [hook for hook in runner.hooks if isinstance(hook, SwitchNormHook) and hook is not self]
+        makers = [hook for hook in others if hook.makes(self._kinds[0]) and hook.epoch <= self.epoch]
+        if any(runner.hooks.index(hook) > runner.hooks.index(self) for hook in makers):
+            raise RuntimeError(
+                f'SwitchNormHook: the hook with source={self.source!r} and epoch={self.epoch} is listed before the one '
+                f'that makes layers of {self.source}. List the hooks in the order of their epochs.'
+            )
+        if makers:
+            plan = f'after {self.epoch} epochs, layers of {self.source} become {self.to["type"]}.'
+        else:
+            layers = self._find(runner)
+            plan = f'{len(layers)} layers are {self.source} for the first {self.epoch} epochs, then {self.to["type"]}.'
+        runner.logger.info(f'SwitchNormHook: {plan}')
         if self.epoch >= runner.max_epochs:
             runner.logger.warning(
                 f'SwitchNormHook: the switch after {self.epoch} epochs will not come in a training of '
@@ -80,20 +97,20 @@ class SwitchNormHook(Hook):
 
     def before_train_epoch(self, runner: Runner) -> None:
         """Switch, if it is time and has not been done."""
-        if runner.epoch < self.epoch or not self._layers:
+        if runner.epoch < self.epoch or self._is_done:
             return
-        for layer in self._layers:
+        layers = self._find(runner)
+        for layer in layers.values():
             become(layer, _build('to', self.to, layer))
         runner.logger.info(
-            f'SwitchNormHook: after {runner.epoch} epochs, {len(self._layers)} layers of {self.source} became '
+            f'SwitchNormHook: after {runner.epoch} epochs, {len(layers)} layers of {self.source} became '
             f'{self.to["type"]}.'
         )
-        self._layers = []
+        self._is_done = True
 
     def _find(self, runner: Runner) -> Mapping[str, _BatchNorm]:
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        source = type(_build('source', dict(type=self.source), nn.BatchNorm2d(1)))
-        of_type = {name: norm for name, norm in active_norms(model).items() if type(norm) is source}
+        of_type = {name: norm for name, norm in active_norms(model).items() if type(norm) is self._kinds[0]}
         return under(self.prefixes, of_type, f'SwitchNormHook: source={self.source!r}')
 
 

@@ -71,10 +71,12 @@ class Window(Generic[Statistics]):
         return type(self._ring)(*(ring.narrow(0, 0, self._length) for ring in self._ring))
 
     def state(self) -> dict[str, Any]:
-        """What :meth:`load` brings back: plain data and copies of the tensors."""
+        """What :meth:`load` brings back: plain data and copies of the tensors, on the CPU."""
         if self._ring is None:
             return dict(kind=None)
-        tensors = {name: tensor.clone() for name, tensor in zip(self._ring._fields, self._ring, strict=True)}
+        tensors = {
+            name: tensor.to('cpu', copy=True) for name, tensor in zip(self._ring._fields, self._ring, strict=True)
+        }
         return dict(kind=type(self._ring).__name__, next=self._next, length=self._length, tensors=tensors)
 
     def load(self, state: dict[str, Any], kinds: Sequence[type[Statistics]]) -> None:

@@ -5,7 +5,7 @@ They are no part of the checkpoint, which stays that of a BatchNorm.
 
 import io
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 
 import torch
 from mmengine import fileio
@@ -21,10 +21,11 @@ def path_of(checkpoint: str, rank: int) -> str:
     return f'{checkpoint}{_MARK}{rank}'
 
 
-def save(path: str, layers: Mapping[str, CBN]) -> None:
-    """Write the windows of ``layers``, by their names in the model."""
+def save(path: str, layers: Mapping[str, CBN], iteration: int) -> None:
+    """Write the windows of ``layers``, by their names in the model, after ``iteration`` iterations of training."""
     with io.BytesIO() as buffer:
-        torch.save({name: layer.window_state() for name, layer in layers.items()}, buffer)
+        states = {name: layer.window_state() for name, layer in layers.items()}
+        torch.save(dict(iteration=iteration, windows=states), buffer)
         # A run may be killed as it saves a checkpoint that is there already.
         with whole_file(path) as at:
             fileio.put(buffer.getvalue(), at)
@@ -41,22 +42,38 @@ def remove_orphans(folder: str, rank: int) -> None:
             fileio.remove(path)
 
 
-def load(path: str, layers: Mapping[str, CBN], device: torch.device) -> None:
-    """Put the windows of a file into ``layers``; no file can run code.
+def load(path: str, layers: Mapping[str, CBN], names: Set[str], iteration: int, device: torch.device) -> int:
+    """Put the windows of a file into ``layers``, by their names; no file can run code.
+
+    The window of a layer that has none in the file is empty: the layer was no CBN yet when the file was written.
+
+    Args:
+        path: Of the file.
+        layers: The CBN layers of the model in training, by name.
+        names: Of all modules of the model. A window of a layer that is no CBN any more is left out.
+        iteration: How many iterations were trained.
+        device: Where the layers are.
+
+    Returns:
+        How many layers have their window from the file.
 
     Raises:
-        RuntimeError: The file is damaged, holds something else, or belongs to other layers; then all windows are empty.
+        RuntimeError: The file is damaged, holds something else, belongs to another model or iteration, or has a window
+            that does not fit its layer; then all windows are empty.
     """
     data = io.BytesIO(fileio.get(path))
     try:
         if not zipfile.is_zipfile(data):  # torch would take it for its format of before 1.6, which has no check sums
             raise ValueError('it ends too early, or is no file of torch')
         data.seek(0)
-        states = restricted_torch_load(data, map_location=device)
-        if not isinstance(states, dict) or set(states) != set(layers):
+        saved = restricted_torch_load(data, map_location=device)
+        if not isinstance(saved, dict) or set(saved) != {'iteration', 'windows'} or saved['windows'].keys() - names:
             raise ValueError('it belongs to other layers')
-        for name, layer in layers.items():
-            layer.load_window_state(states[name])
+        if saved['iteration'] != iteration:
+            raise ValueError(f'it was written after {saved["iteration"]} iterations, not after {iteration}')
+        kept = {name: state for name, state in saved['windows'].items() if name in layers}
+        for name, state in kept.items():
+            layers[name].load_window_state(state)
     except Exception as error:  # of a file from elsewhere, whatever torch and the layers stumble over
         for layer in layers.values():
             layer.forget_window()
@@ -65,3 +82,4 @@ def load(path: str, layers: Mapping[str, CBN], device: torch.device) -> None:
             f'norm_cfg ({next(iter(str(error).splitlines()), type(error).__name__)}). To go on with empty '
             'windows, which fill within k iterations, remove it.'
         ) from error
+    return len(kept)

@@ -37,7 +37,7 @@ class Net(BaseModel):
 
 
 def runner_for(tmp_path, model, hook, epochs=4, batch_size=1, train_cfg=None, **kwargs):
-    """A Runner that trains ``model`` on four images, which are four iterations an epoch."""
+    """A Runner that trains ``model`` on four images, which are four iterations an epoch. ``hook`` may be several."""
     generator = torch.Generator().manual_seed(0)
     images = [dict(inputs=torch.randn(3, 6, 6, generator=generator)) for _ in range(4)]
     return Runner(
@@ -52,7 +52,7 @@ def runner_for(tmp_path, model, hook, epochs=4, batch_size=1, train_cfg=None, **
         train_cfg=train_cfg or dict(by_epoch=True, max_epochs=epochs),
         optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01, momentum=0.9)),
         default_hooks=dict(logger=dict(type='LoggerHook', interval=1)),
-        custom_hooks=[hook] if hook else [],
+        custom_hooks=hook if isinstance(hook, list) else [hook] if hook else [],
         experiment_name=f'tiny-{next(_runs)}',
         **kwargs,
     )

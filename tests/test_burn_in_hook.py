@@ -87,6 +87,43 @@ def test_a_batch_of_nan_is_logged_and_harms_its_own_iteration_alone(tmp_path):
     assert [math.isfinite(loss) for loss in losses] == [True, False, True, True] * 2
 
 
+def test_a_batch_of_nan_during_burn_in_is_logged_and_evaluation_stays_usable(tmp_path):
+    model = Net()
+    for parameter in model.parameters():
+        parameter.register_hook(lambda gradient: gradient.nan_to_num(0, 0, 0))
+    runner = runner_for(tmp_path, model, dict(type='CBNBurnInHook', burn_in_epochs=1), epochs=1)
+    runner.train_dataloader.dataset[1]['inputs'][0] = float('nan')
+    runner.train()
+    log = next(tmp_path.glob('*/*.log')).read_text()
+    assert log.count("inf or NaN came into 1 of 1 layers, into 'norm' in 1 iterations") == 1
+    assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values())
+
+
+def test_the_log_tells_how_many_layers_have_no_window(tmp_path):
+    """The longest window alone would not tell that one of two layers lost its own."""
+
+    class TwoLayers(Net):
+        def __init__(self):
+            super().__init__(CBN(4, window_size=2))
+            self.convs = nn.ModuleList([nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 1)])
+            self.other = CBN(4, window_size=2)
+            self.turn = 0
+
+        def forward(self, inputs, mode='tensor'):
+            self.turn += 1
+            self.other(self.convs[self.turn % 2](torch.stack(inputs)))
+            return super().forward(inputs, mode)
+
+    runner = runner_for(tmp_path, TwoLayers(), dict(type='CBNBurnInHook', burn_in_iters=2), epochs=2)
+    runner.train()
+    scalars = runner.message_hub.log_scalars
+    assert scalars['train/cbn_window'].data[0].tolist() == [1] * 3 + [2] * 5
+    assert scalars['train/cbn_without_window'].data[0].tolist() == [2] * 3 + [1] * 5
+    log = next(tmp_path.glob('*/*.log')).read_text()
+    assert log.count("CBN layer 'other' (") == log.count('statistics of another convolution') == 1
+    assert 'cbn_without_window: 1' in log
+
+
 @pytest.mark.parametrize(('batch_size', 'window_size'), [(1, 8), (2, 8), (3, 6), (4, 4)])
 def test_auto_is_the_papers_rule(tmp_path, batch_size, window_size):
     model = Net(CBN(4, window_size='auto'))

@@ -63,6 +63,17 @@ def test_training_never_waits_for_the_device(order, samples, momentum, bias, dty
                 assert tensor.device.type == 'cuda'
 
 
+@pytest.mark.parametrize('momentum', [0.1, None])
+@pytest.mark.parametrize('window_size', [1, 3])
+def test_burn_in_never_waits_for_the_device(window_size, momentum):
+    with FakeTensorMode() as mode, torch.no_grad():
+        norm, fake = to_cuda(CBN(4, window_size=window_size, order=0, momentum=momentum), mode)
+        norm.burn_in = True
+        for _ in range(2):
+            y = norm(fake(torch.empty(2, 4, 8, 8)))
+            assert {tensor.device.type for tensor in (y, *norm.buffers(), norm._bad_batches)} == {'cuda'}
+
+
 @pytest.mark.parametrize(
     ('mistake', 'error'),
     [

@@ -102,6 +102,69 @@ def test_only_layers_in_training_of_the_type_and_under_the_prefixes_change(tmp_p
     assert types == [nn.BatchNorm2d, sync, CBN, nn.BatchNorm2d, sync]
 
 
+BURN_IN = dict(type='CBNBurnInHook', burn_in_epochs=1, save_window=True, diagnostics=True)
+TO_CBN = dict(type='SwitchNormHook', epoch=2, to=dict(type='CBN', window_size='auto'))
+FROM_CBN = dict(type='SwitchNormHook', epoch=2, source='CBN', to='BN')
+DIRECTIONS = {
+    'to CBN': (TO_CBN, nn.BatchNorm2d, [None] * 8 + [1, 2, 3, 4, 5, 6, 7, 8]),
+    'from CBN': (FROM_CBN, CBN, [1] * 5 + [2, 3, 4] + [None] * 8),
+}
+
+
+def train_with_burn_in(folder, hooks, kind, **kwargs):
+    torch.manual_seed(0)
+    model = Net(CBN(4, window_size='auto') if kind is CBN else nn.BatchNorm2d(4))
+    runner = runner_for(folder, model, hooks, **kwargs)
+    notes = Notes()
+    runner.register_hook(notes)
+    runner.train()
+    return runner, notes
+
+
+@pytest.mark.parametrize('order', [1, -1])
+@pytest.mark.parametrize('direction', DIRECTIONS)
+def test_it_goes_together_with_burn_in(tmp_path, direction, order):
+    """In either order of the two hooks, with all that the burn-in hook can do; resumed, as if it had never stopped."""
+    switch, kind, lengths = DIRECTIONS[direction]
+    hooks = [BURN_IN, switch][::order]
+    whole, notes = train_with_burn_in(tmp_path / 'whole', hooks, kind)
+    assert [norm.__name__ for norm in notes.types] == ['CBN' if n else 'BatchNorm2d' for n in lengths]
+    assert whole.model.lengths == lengths
+    scalars = whole.message_hub.log_scalars
+    assert scalars['train/cbn_window'].data[0].tolist() == [n or 1 for n in lengths]
+    assert scalars['train/cbn_without_window'].data[0].tolist() == [int(n == 1) for n in lengths]
+    # They are read after the last iteration.
+    assert ('train/cbn/norm/window_length' in scalars) == (direction == 'to CBN')
+    for epoch in (1, 2, 3):
+        train_with_burn_in(tmp_path / str(epoch), hooks, kind, epochs=epoch)
+        resumed, rest = train_with_burn_in(tmp_path / str(epoch), hooks, kind, resume=True)
+        assert resumed.model.lengths == lengths[4 * epoch :]
+        torch.testing.assert_close(rest.after[-1], notes.after[-1], rtol=0, atol=0)
+
+
+def test_burn_in_counts_as_the_runner_counts_where_cbn_comes_later(tmp_path):
+    hooks = [dict(BURN_IN, burn_in_epochs=3), TO_CBN]
+    runner, _ = train_with_burn_in(tmp_path, hooks, nn.BatchNorm2d)
+    assert runner.model.lengths == [None] * 8 + [1] * 4 + [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize('start', [0, 1, 2, 3])
+def test_one_switch_can_follow_another(tmp_path, start):
+    """BN, then CBN, then SyncBN; which a resumed run has to catch up with."""
+    then = dict(type='SwitchNormHook', epoch=3, source='CBN', to='SyncBN')
+    hooks = [BURN_IN, TO_CBN, then]
+    _, whole = train_with_burn_in(tmp_path / 'whole', hooks, nn.BatchNorm2d)
+    assert whole.types == [nn.BatchNorm2d] * 8 + [CBN] * 4 + [MODELS.get('SyncBN')] * 4
+    if start:
+        train_with_burn_in(tmp_path / 'parts', hooks, nn.BatchNorm2d, epochs=start)
+        _, rest = train_with_burn_in(tmp_path / 'parts', hooks, nn.BatchNorm2d, resume=True)
+        assert rest.types == whole.types[4 * start :]
+        torch.testing.assert_close(rest.after[-1], whole.after[-1], rtol=0, atol=0)
+    else:
+        with pytest.raises(RuntimeError, match=r"source='CBN' and epoch=3 is listed before .* order of their epochs"):
+            train_with_burn_in(tmp_path / 'reverse', [BURN_IN, then, TO_CBN], nn.BatchNorm2d)
+
+
 def test_a_switch_that_does_not_come_is_a_warning(tmp_path):
     train(tmp_path, dict(type='SwitchNormHook', epoch=1), epochs=1)
     log = next(tmp_path.glob('*/*.log')).read_text()

@@ -5,11 +5,17 @@ import os
 import pickle
 import shutil
 import time
+from datetime import timedelta
 
 import pytest
 import torch
 from conftest import Net, runner_for
-from torch import nn
+from mmengine.dist import get_rank
+from mmengine.hooks import Hook
+from test_device import to_cuda
+from torch import distributed, multiprocessing, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmdet_cbn import CBN, CBNBurnInHook
 
@@ -90,6 +96,56 @@ def test_checkpoints_may_lie_in_another_folder(tmp_path):
     assert train(tmp_path / 'run', epochs=3, resume=True, **arguments).lengths == [4] * 4
 
 
+class MasterSaves(Hook):
+    """Saves a checkpoint in one process alone, as mmengine's ``Runner.save_checkpoint`` allows."""
+
+    def after_train_epoch(self, runner):
+        if get_rank() == 0:
+            runner.save_checkpoint(runner.work_dir, 'extra.pth')
+
+
+def train_in_one_of_two_processes(rank, folder):
+    os.environ.update(RANK=str(rank), WORLD_SIZE='2', LOCAL_RANK=str(rank))
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        'gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
+    wrapper = dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False)
+    runner = runner_for(folder, Net(), HOOK, epochs=2, launcher='pytorch', cfg=dict(model_wrapper_cfg=wrapper))
+    runner.register_hook(MasterSaves())
+    runner.train()
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+def test_a_checkpoint_may_be_saved_in_one_process_alone(tmp_path):
+    """Other processes are not waited for, which would never come."""
+    multiprocessing.spawn(train_in_one_of_two_processes, (tmp_path,), nprocs=2)
+    files = {file.name for file in tmp_path.glob('*.cbn_window*')}
+    of_all = {f'epoch_{epoch}.pth.cbn_window_rank{rank}' for epoch in (1, 2) for rank in (0, 1)}
+    assert files == {*of_all, 'extra.pth.cbn_window_rank0'}
+
+
+def test_windows_are_copied_to_the_cpu():
+    """And nothing on the device, where memory is short."""
+    with FakeTensorMode() as mode, torch.no_grad():
+        model, fake = to_cuda(nn.Sequential(nn.Conv2d(3, 4, 3), CBN(4, window_size=3)), mode)
+        for _ in range(2):
+            model(fake(torch.empty(2, 3, 8, 8)))
+        copied = []
+
+        class Copies(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                out = func(*args, **(kwargs or {}))
+                copied.extend([out] if isinstance(out, torch.Tensor) else [])
+                return out
+
+        with Copies():
+            (state,) = model[1].window_state()['windows']
+    assert len(copied) == len(state['tensors']) == 6
+    assert {tensor.device.type for tensor in [*copied, *state['tensors'].values()]} == {'cpu'}
+
+
 def test_without_the_option_no_file_is_written(tmp_path):
     train(tmp_path, hook=dict(HOOK, save_window=False), epochs=2)
     assert not list(tmp_path.glob('*window*'))
@@ -117,7 +173,9 @@ class Evil:
         (lambda data: b'', ''),
         (lambda data: pickle.dumps(Evil()), ''),
         (lambda data: resaved(data, lambda states: {'other': states['norm']}), 'it belongs to other layers'),
-        (lambda data: resaved(data, lambda states: [states]), 'it belongs to other layers'),
+        (lambda data: resaved(data, lambda states: [states]), ''),
+        (lambda data: resaved(data, lambda states: states, other=1), 'it belongs to other layers'),
+        (lambda data: resaved(data, lambda s: s, iteration=7), 'it was written after 7 iterations, not after 8'),
         (lambda data: resaved(data, lambda states: {'norm': {}}), "'windows'"),
         (lambda data: edited(data, kind='Evil'), "'Evil'"),
         (lambda data: edited(data, length=9), 'it has 9 iterations'),
@@ -157,9 +215,10 @@ def test_a_file_that_does_not_fit_is_refused_by_name_and_runs_no_code(tmp_path, 
     train(tmp_path, epochs=3, resume=True)
 
 
-def resaved(data, change):
+def resaved(data, change, **others):
+    saved = torch.load(io.BytesIO(data), weights_only=True)
     with io.BytesIO() as buffer:
-        torch.save(change(torch.load(io.BytesIO(data), weights_only=True)), buffer)
+        torch.save({**saved, 'windows': change(saved['windows']), **others}, buffer)
         return buffer.getvalue()
 
 
