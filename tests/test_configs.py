@@ -193,6 +193,7 @@ def test_schedule_and_pretraining_are_the_papers(row):
     assert config.auto_scale_lr == dict(enable=False, base_batch_size=16)
     assert config.optim_wrapper.optimizer == dict(type='SGD', lr=0.02, momentum=0.9, weight_decay=0.0001)
     assert config.train_cfg.max_epochs == 12
+    assert config.default_hooks.sync_buffers == dict(type='SyncBuffersHook')
     assert [s.milestones for s in config.param_scheduler if s.type == 'MultiStepLR'] == [[8, 11]]
     weights, mean, std, to_rgb = (
         f'torchvision://resnet{recipe.depth}',

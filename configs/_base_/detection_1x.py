@@ -18,3 +18,6 @@ val_dataloader = dict(dataset=dict(data_root=data_root))
 test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + '/annotations/instances_val2017.json')
 test_evaluator = val_evaluator
+
+# Each GPU has running statistics of its own: one validates and saves what they are on average.
+default_hooks = dict(sync_buffers=dict(type='SyncBuffersHook'))
