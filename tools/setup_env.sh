@@ -50,8 +50,16 @@ fi
 export PATH="$PWD/$VENV/bin:$PATH" # where the build of mmcv finds ninja
 pip() { $VENV/bin/python -m pip --disable-pip-version-check "$@"; }
 
+# torchvision's operators load only beside a torch of the same build. === keeps pip from taking torch's local version,
+# as 2.13.0+cpu, out of a folder of wheels, and torchvision from its own index.
 echo "make $TARGET: installing torch and torchvision"
-pip install --quiet $(pinned torch torchvision) ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"}
+if [ -n "${TORCH_INDEX_URL:-}" ]; then
+    pip install --quiet $(pinned torch torchvision) --index-url "$TORCH_INDEX_URL"
+else
+    pip install --quiet $(pinned torch torchvision | sed s/==/===/)
+fi
+$VENV/bin/python -c 'import torchvision' || fail "torchvision does not load beside this torch, see above. Take both from
+one index: make clean, then TORCH_INDEX_URL=... make $TARGET"
 pip install --quiet $(pinned setuptools wheel ninja psutil)
 
 # mmcv has no wheel for this torch, and without its operators no detector runs: build them here, against the torch
