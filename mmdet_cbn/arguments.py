@@ -131,20 +131,22 @@ def check_names(owner: str, name: str, value: Any) -> None:
 
 
 def check_device_and_dtype(owner: str, device: Any, dtype: Any) -> None:
-    """Raise unless torch knows ``device``, and ``dtype`` is a precision to train in; either may be None.
+    """Raise unless this machine has ``device``, and ``dtype`` is a precision to train in; either may be None.
 
     Raises:
         TypeError: ``dtype`` is no ``torch.dtype``.
-        ValueError: Another ``dtype``; or what ``device`` names is no device.
+        ValueError: Another ``dtype``; or a ``device`` that torch does not know, or that is not here.
     """
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise _of_wrong_type(owner, 'dtype', 'a torch.dtype or None', dtype)
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f'{owner}: dtype must be one of {", ".join(map(str, _DTYPES))} or None, got {dtype}')
     try:
-        torch.device('cpu' if device is None else device)
-    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f'{owner}: device must be a device of torch or None, got {shown(device)}') from error
+        torch.empty(0, device=device)
+    except Exception as error:  # torch has many kinds of error for it, AssertionError among them
+        raise ValueError(
+            f'{owner}: device must be a device that torch finds on this machine, or None, got {shown(device)}'
+        ) from error
 
 
 def shown(value: Any) -> str:

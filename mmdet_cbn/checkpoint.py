@@ -180,9 +180,11 @@ def find_latest_checkpoint(path: str) -> str | None:
         return str(folder / Path(named).name)
     if named and fileio.exists(named):
         return named
-    # The name is written after the checkpoint, so the newest one is whole.
-    saved = [*folder.glob('epoch_*.pth'), *folder.glob('iter_*.pth')]
-    return str(max(saved, key=lambda file: int(file.stem.split('_')[1]))) if saved else None
+    # The name is written after the checkpoint, so the newest one is whole. Published ones (epoch_12-1a2b3c4d.pth) are
+    # left out, since they have no optimizer to resume with.
+    saved = {file: re.fullmatch(r'(?:epoch|iter)_(\d+)\.pth', file.name) for file in folder.glob('*.pth')}
+    numbers = {file: int(found[1]) for file, found in saved.items() if found}
+    return str(max(numbers, key=numbers.__getitem__)) if numbers else None
 
 
 def install() -> None:

@@ -2,13 +2,17 @@
 
 import gc
 import runpy
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import mmdet
 import torch
+from mmengine.device import get_device
+from mmengine.model import MMDistributedDataParallel
+from mmengine.runner import runner
 from torch import distributed
 
 from .errors import naming
@@ -60,20 +64,39 @@ def name_annotations() -> None:
     COCO.__init__, CocoDataset.load_data_list, CocoDataset.full_init = named_read, checked_load, named_prepare
 
 
+@contextmanager
+def distributed_on_cpu() -> Iterator[None]:
+    """Let mmengine's Runner train in several processes on a machine without a GPU.
+
+    mmengine would choose a GPU for each process, NCCL as the backend and a GPU for DistributedDataParallel.
+    """
+    init_dist, wrap = runner.init_dist, MMDistributedDataParallel.__init__
+
+    def init_with_gloo(launcher: str, backend: str = 'nccl', **kwargs: Any) -> None:
+        init_dist(launcher, backend='gloo' if backend == 'nccl' else backend, **kwargs)
+
+    def wrap_on_cpu(self: MMDistributedDataParallel, *args: Any, **kwargs: Any) -> None:
+        wrap(self, *args, **{**kwargs, 'device_ids': None})
+
+    with (
+        mock.patch.object(torch.cuda, 'set_device'),
+        mock.patch.object(runner, 'init_dist', init_with_gloo),
+        mock.patch.object(MMDistributedDataParallel, '__init__', wrap_on_cpu),
+    ):
+        yield
+
+
 def run_tool(name: str) -> None:
     """Run the tool ``name`` of mmdet with the arguments of this process, its own help included.
 
-    Annotations that do not fit are errors that name the file, as :func:`name_annotations` has it.
+    Annotations that do not fit are errors that name the file, as :func:`name_annotations` has it. Several processes
+    can train on a machine without a GPU.
 
     Raises:
         FileNotFoundError: As :func:`find_tool`; and whatever the tool raises.
     """
     name_annotations()
-    # mmengine's launcher chooses a GPU for each process, also where there is none to choose and gloo is the backend.
-    ignored: AbstractContextManager[Any] = (
-        nullcontext() if torch.cuda.is_available() else mock.patch.object(torch.cuda, 'set_device')
-    )
-    with ignored:
+    with distributed_on_cpu() if get_device() == 'cpu' else nullcontext():
         runpy.run_path(str(find_tool(name)), run_name='__main__')
     if distributed.is_initialized():
         # mmengine leaves the process group open, and then the first process to end can make the others abort.

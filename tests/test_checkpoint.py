@@ -236,7 +236,8 @@ def test_to_resume_does_not_run_the_config_in_a_checkpoint(tmp_path):
 def test_training_goes_on_from_the_newest_checkpoint_where_its_name_was_lost(tmp_path, pointer):
     (tmp_path / 'last_checkpoint').write_text(pointer)
     assert runner.find_latest_checkpoint(str(tmp_path)) is None
-    for name in ('epoch_9.pth', 'epoch_10.pth', 'best_coco_bbox_mAP_epoch_11.pth'):
+    others = ('best_coco_bbox_mAP_epoch_11.pth', 'epoch_12-1a2b3c4d.pth', 'epoch_last.pth')
+    for name in ('epoch_9.pth', 'epoch_10.pth', *others):
         (tmp_path / name).touch()
     expected = 'epoch_9.pth' if 'epoch_9' in pointer else 'epoch_10.pth'
     assert runner.find_latest_checkpoint(str(tmp_path)) == str(tmp_path / expected)

@@ -323,13 +323,13 @@ def test_a_layer_works_or_names_the_argument(kind, argument, value):
         kept = getattr(norm, argument)
         assert kept == (pytest.approx(float(value)) if isinstance(kept, float) else value)
         assert type(kept) in (bool, int, float, str, tuple, type(None))
-    dtype = next(norm.parameters()).dtype if norm.affine else torch.float32
-    conv = nn.Conv2d(3, norm.num_features, 2).to(dtype)
+    like = norm.weight if norm.affine else torch.empty(0)
+    conv = nn.Conv2d(3, norm.num_features, 2).to(like)
     if argument == 'window_size' and value == 'auto':
         norm.window_size = 3
     for _ in range(3):
-        y = norm(conv(torch.randn(2, 3, 5, 4, dtype=dtype)))
-        assert y.shape == (2, norm.num_features, 4, 3) and y.dtype == dtype and torch.isfinite(y).all()
+        y = norm(conv(torch.randn(2, 3, 5, 4).to(like)))
+        assert y.shape == (2, norm.num_features, 4, 3) and y.dtype == like.dtype and torch.isfinite(y).all()
         assert all(torch.isfinite(buffer).all() for buffer in norm.buffers())
         y.sum().backward()
     assert torch.isfinite(norm.eval()(y)).all()

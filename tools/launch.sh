@@ -9,12 +9,15 @@ needs() {
 
 # with_torchrun GPUS TOOL ARGUMENTS...
 with_torchrun() {
-    local gpus=$1 tool=$2
+    local gpus=$1 tool=$2 meet
     shift 2
-    exec python -m torch.distributed.run \
-        --nnodes="${NNODES:-1}" --node_rank="${NODE_RANK:-0}" --nproc_per_node="$gpus" \
-        --master_addr="${MASTER_ADDR:-127.0.0.1}" --master_port="${PORT:-29500}" \
-        "$here/$tool" "$@" --launcher pytorch
+    if [ "${NNODES:-1}" = 1 ] && [ -z "${PORT:-}" ]; then
+        meet=(--standalone --local_addr=127.0.0.1) # at a free port, so that several trainings fit on one machine
+    else
+        meet=(--nnodes="${NNODES:-1}" --node_rank="${NODE_RANK:-0}"
+            --master_addr="${MASTER_ADDR:-127.0.0.1}" --master_port="${PORT:-29500}")
+    fi
+    exec python -m torch.distributed.run "${meet[@]}" --nproc_per_node="$gpus" "$here/$tool" "$@" --launcher pytorch
 }
 
 # with_srun PARTITION JOB_NAME TOOL ARGUMENTS...
