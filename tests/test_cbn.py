@@ -16,12 +16,12 @@ from mmcv.cnn import ConvModule, ConvWS2d, build_norm_layer, fuse_conv_bn
 from mmdet.models.backbones.resnet import BasicBlock, Bottleneck
 from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
-from oracle import OracleCBN
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from mmdet_cbn import CBN, convolution
+from mmdet_cbn.experiments.oracle import OracleCBN
 from mmdet_cbn.statistics import compensate
 
 CONVOLUTIONS = {

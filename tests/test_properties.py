@@ -16,10 +16,10 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from mmcv.cnn import ConvWS2d
 from mmengine.runner import CheckpointLoader
-from oracle import OracleCBN
 from torch import nn
 
 from mmdet_cbn import BRN, CBN, CBNBurnInHook, SwitchNormHook, window_file
+from mmdet_cbn.experiments.oracle import OracleCBN
 
 _shared = dict(deadline=None, database=None, suppress_health_check=list(HealthCheck))
 settings.register_profile('reproducible', max_examples=100, derandomize=True, **_shared)

@@ -4,13 +4,13 @@ import random
 
 import pytest
 import torch
-from oracle import OracleCBN
 from test_cbn import CONVOLUTIONS, batches, conv_and_norm, loss_of
 from test_statistics import stacked
 from torch import nn
 
 from mmdet_cbn import CBN
 from mmdet_cbn.convolution import ConvCall
+from mmdet_cbn.experiments.oracle import OracleCBN
 from mmdet_cbn.statistics import batch_statistics, compensate_samples, sampled_statistics
 
 

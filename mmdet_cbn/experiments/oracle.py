@@ -1,0 +1,133 @@
+"""Cross-Iteration Batch Normalization in float64, slowly, straight from the paper's equations.
+
+The oracle uses nothing else of mmdet_cbn. Gradients of the statistics are whole Jacobians by autograd. It keeps nu, as
+the paper does, and the old weights, and the backward pass is autograd's.
+
+The tests hold the layer against it, and so does :mod:`mmdet_cbn.experiments.preflight` on a user's machine.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Past(NamedTuple):
+    y: Tensor
+    theta: Tensor
+    mu: Tensor
+    nu: Tensor
+    dmu: Tensor  # [C_out, *theta.shape]
+    dnu: Tensor
+
+
+class OracleCBN:
+    """conv + CBN. ``conv_args`` are stride, padding, dilation and groups of ``F.conv2d``.
+
+    Order 2 is the left side of Eq. 5 and 6: what the old batch's mu and nu are under theta_t. The series ends there, as
+    mu is linear in the weights of the layer, and nu quadratic.
+    """
+
+    def __init__(self, window_size: int, order: int = 1, eps: float = 1e-5, **conv_args: Any) -> None:
+        self.window_size, self.order, self.eps, self.conv_args = window_size, order, eps, conv_args
+        self.past: list[Past] = []
+
+    def __call__(self, y: Tensor, theta: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        def statistics(weight: Tensor, y: Tensor = y) -> tuple[Tensor, Tensor]:
+            x = F.conv2d(y.detach(), weight, **self.conv_args)
+            return x.mean(dim=(0, 2, 3)), x.square().mean(dim=(0, 2, 3))
+
+        x = F.conv2d(y, theta, **self.conv_args)
+        mu_t, nu_t = x.mean(dim=(0, 2, 3)), x.square().mean(dim=(0, 2, 3))  # Algorithm 1, line 1
+        mus, nus = [mu_t], [nu_t]
+        for past in self.past:  # Eq. 7 and 8; theta_t is constant inside a Taylor term
+            mu, nu = past.mu, past.nu
+            if self.order == 1:
+                delta = (theta.detach() - past.theta).flatten()
+                mu = mu + past.dmu.flatten(1) @ delta
+                nu = nu + past.dnu.flatten(1) @ delta
+            elif self.order == 2:
+                mu, nu = statistics(theta.detach(), past.y)
+            mus.append(mu)
+            nus.append(torch.maximum(nu, mu**2))
+        mu_bar = torch.stack(mus).mean(dim=0)  # Eq. 9
+        nu_bar = torch.stack(nus).mean(dim=0)  # Eq. 10
+        # Eq. 11, squared as Eq. 12 wants it: the gradient of the root is infinite where all values are one.
+        var_bar = nu_bar - mu_bar**2
+        self.mean, self.var = mu_bar.detach(), var_bar.detach()
+        self.deviation = (self.var + self.eps).sqrt()
+        x_hat = (x - mu_bar[:, None, None]) / (var_bar[:, None, None] + self.eps).sqrt()  # Eq. 12
+
+        weights = theta.detach()
+        dmu, dnu = torch.autograd.functional.jacobian(statistics, weights)
+        self.past = [Past(y.detach(), weights.clone(), mu_t.detach(), nu_t.detach(), dmu, dnu), *self.past][
+            : self.window_size - 1
+        ]
+        return gamma[:, None, None] * x_hat + beta[:, None, None]  # Eq. 4
+
+
+def batches(
+    count: int, seed: int = 1, shape: tuple[int, ...] = (2, 4, 9, 7), dtype: torch.dtype = torch.float64
+) -> Iterator[Tensor]:
+    """Inputs of ``shape`` [N, C, H, W] whose mean and scale differ from batch to batch, on torch's default device."""
+    generator = torch.Generator().manual_seed(seed)
+    like = torch.empty(0, dtype=dtype)
+    for _ in range(count):
+        scale, mean = 0.5 + 2 * torch.rand(2, generator=generator, device='cpu')
+        yield (torch.randn(shape, generator=generator, dtype=dtype, device='cpu') * scale + mean).to(like)
+
+
+def loss_of(y: Tensor) -> Tensor:
+    """A loss whose gradient is different everywhere and not constant in ``y``."""
+    weight = torch.arange(y.numel(), dtype=y.dtype, device=y.device).view_as(y).sin()
+    return (weight * y + 0.1 * y**2).sum() / len(y)
+
+
+def deviation(
+    norm: nn.BatchNorm2d,
+    device: str | torch.device,
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> float:
+    """How far a layer behind a convolution is from the oracle, in five training steps.
+
+    Args:
+        norm: A CBN layer, or a BatchNorm, which is CBN of a window of 1. It gets new gamma and beta, and is trained.
+        device: To train on.
+        dtype: Of autocast; float32 for none.
+        memory_format: Of the images and of the weight of the convolution.
+
+    Returns:
+        The largest difference of an output or of a gradient (of input, weight, gamma or beta) from the oracle's in
+        float64 on the CPU, as a share of the largest number of that tensor.
+    """
+    torch.manual_seed(0)
+    channels = norm.num_features
+    conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    nn.init.normal_(norm.bias)
+    model = nn.Sequential(conv, norm).to(device).to(memory_format=memory_format).train()  # type: ignore[call-overload]
+    # All samples of the layer are the exact polynomial of second order.
+    order = 2 if getattr(norm, 'samples', None) else getattr(norm, 'order', 0)
+    oracle = OracleCBN(getattr(norm, 'window_size', 1), order, norm.eps, padding=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    worst = 0.0
+    for batch in batches(5, shape=(2, channels, 12, 10), dtype=torch.float32):
+        x = batch.to(device=device, memory_format=memory_format).requires_grad_()
+        leaves = [t.detach().cpu().double().requires_grad_() for t in (x, conv.weight, norm.weight, norm.bias)]
+        expected = oracle(*leaves)
+        loss_of(expected).backward()
+        optimizer.zero_grad()
+        with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
+            y = model(x)
+        loss_of(y.float()).backward()
+        trained = (x, conv.weight, norm.weight, norm.bias)
+        ours, theirs = [y, *(leaf.grad for leaf in trained)], [expected.detach(), *(leaf.grad for leaf in leaves)]
+        for found, right in zip(ours, theirs, strict=True):
+            assert found is not None and right is not None
+            difference = (found.detach().cpu().double() - right).abs().max() / right.abs().max()
+            worst = max(worst, difference.nan_to_num(torch.inf).item())
+        optimizer.step()
+    return worst
