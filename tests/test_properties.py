@@ -342,9 +342,9 @@ def test_the_burn_in_hook_counts_or_names_the_argument(argument, value):
     hook = built_or_refused(CBNBurnInHook, argument, value, **({} if counts else dict(burn_in_iters=1)))
     if hook is not None and counts:
         assert hook.length == value and type(hook.length) is int
-        hook._layers = {'norm': CBN(1)}
+        hook._layers, hook._begins = {'norm': CBN(1)}, False
         for done, burn_in in ((hook.length - 1, True), (hook.length, False)):
-            hook.before_train_iter(SimpleNamespace(epoch=done, iter=done), 0)
+            hook.before_train_iter(SimpleNamespace(epoch=done, iter=done), 1)
             assert hook._layers['norm'].burn_in == burn_in
     elif hook is not None:
         assert getattr(hook, argument) is bool(value)
@@ -424,7 +424,7 @@ def test_a_damaged_window_file_is_refused_by_name_and_the_layer_starts_anew(fold
     for _ in range(3):
         norm(conv(torch.randn(2, 2, 5, 5))).sum().backward()
     path, saved = str(folder / 'epoch_1.pth.cbn_window_rank0'), norm.window_state()
-    window_file.save(path, {'norm': norm})
+    window_file.save(path, {'norm': norm}, iteration=3)
     with open(path, 'rb+') as file:
         data = damage(file.read())
         file.seek(0)
@@ -432,7 +432,7 @@ def test_a_damaged_window_file_is_refused_by_name_and_the_layer_starts_anew(fold
         file.write(data)
     loaded = CBN(3, window_size=3, **kind)
     try:
-        window_file.load(path, {'norm': loaded}, torch.device('cpu'))
+        window_file.load(path, {'norm': loaded}, {'norm'}, 3, torch.device('cpu'))
     except RuntimeError as error:
         assert str(error).startswith(f'{path} was not loaded')
         assert not loaded._windows.current and loaded.window_state()['windows'] == [dict(kind=None)]

@@ -1,0 +1,229 @@
+"""The preflight finds what would stop a training, and says what to do."""
+
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT
+from mmdet.registry import MODELS
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from torch import nn
+
+from mmdet_cbn import CBN
+from mmdet_cbn.experiments import preflight
+from mmdet_cbn.experiments.paper import TABLE5
+from mmdet_cbn.experiments.preflight import Machine, run_check
+
+CBN_HEAD = next(row for row in TABLE5.rows if row.name == 'cbn-head')
+
+
+@pytest.fixture
+def check(tmp_path):
+    """Runs a check of a machine that shall train the row cbn-head; returns what it found, by subject."""
+    machine = Machine(CBN_HEAD, ROOT / 'configs', tmp_path / 'work_dirs', gpus=1)
+    return lambda name: {result.subject: result for result in run_check(name, machine)}
+
+
+def test_the_tool_ends_with_a_table_and_a_status(tmp_path):
+    def run(*arguments):
+        command = [sys.executable, ROOT / 'tools/preflight.py', '--gpus', '1', '--work-dir', tmp_path, *arguments]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    good = run('--checks', 'software', 'processes')
+    assert good.returncode == 0, good.stdout + good.stderr
+    table = good.stdout.partition('Is this machine ready?')[2]
+    for subject in ('versions', 'torchvision', 'mmcv operators', r'\d process'):
+        assert re.search(rf'│ {subject}[^│]*│ ok ', table), table
+    assert '== 2/2 processes' in good.stdout
+
+    bad = run('--checks', 'software', '--gpus', '0')
+    assert bad.returncode == 2 and '--gpus must be 1 or more, got 0' in bad.stderr
+
+
+@pytest.fixture
+def coco(tmp_path, monkeypatch):
+    """A whole COCO of three images a split."""
+    monkeypatch.setattr(preflight, 'IMAGES', dict(train=3, val=3))
+    monkeypatch.setenv('COCO_ROOT', str(tmp_path))
+    (tmp_path / 'annotations').mkdir()
+    for split in ('train', 'val'):
+        names = [f'{number:012}.jpg' for number in range(3)]
+        (tmp_path / f'{split}2017').mkdir()
+        for name in names:
+            (tmp_path / f'{split}2017' / name).touch()
+        file = tmp_path / 'annotations' / f'instances_{split}2017.json'
+        file.write_text(json.dumps(dict(images=[dict(file_name=name) for name in names])))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ('harm', 'found'),
+    [
+        (lambda coco: shutil.rmtree(coco / 'val2017'), 'val2017 is missing'),
+        (lambda coco: (coco / 'annotations/instances_val2017.json').unlink(), 'instances_val2017.json is missing'),
+        (lambda coco: (coco / 'annotations/instances_val2017.json').write_text('{'), 'instances_val2017.json is damag'),
+        (lambda coco: (coco / 'annotations/instances_val2017.json').write_text('[]'), 'instances_val2017.json is dam'),
+        (lambda coco: (coco / 'val2017/000000000002.jpg').unlink(), '1 of 3 images are missing in .*000000000002.jpg'),
+        (
+            lambda coco: (coco / 'annotations/instances_val2017.json').write_text('{"images": [{"file_name": "'
+                                                                                  '000000000001.jpg"}]}'),
+            'has 1 images, COCO 2017 has 3',
+        ),
+    ],
+)  # fmt: skip
+def test_coco_that_is_not_whole_is_found(check, coco, harm, found):
+    assert {result.status for result in check('data').values()} == {'ok'}
+    harm(coco)
+    results = check('data')
+    assert results['COCO, train'].status == 'ok'
+    assert results['COCO, val'].status == 'NOT OK' and re.search(found, results['COCO, val'].found)
+
+
+def test_weights_are_whole_or_within_reach(check, tmp_path, monkeypatch):
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    folder = tmp_path / 'hub' / 'checkpoints'
+    folder.mkdir(parents=True)
+    digest = hashlib.sha256(b'weights').hexdigest()[:8]
+    urls = {
+        name: f'https://example.org/{name.rpartition("/")[2]}-{digest}.pth'
+        for name in ('torchvision://resnet50', 'torchvision://resnet101', 'open-mmlab://detectron/resnet50_gn')
+    }
+    monkeypatch.setattr(preflight, 'weights_url', urls.__getitem__)
+
+    def out_of_reach(request, timeout):
+        assert request.full_url in urls.values() and request.method == 'HEAD'
+        raise OSError('no network')
+
+    monkeypatch.setattr(preflight.urllib.request, 'urlopen', out_of_reach)
+    results = check('weights')
+    assert results.keys() == urls.keys() and {result.status for result in results.values()} == {'NOT OK'}
+    assert str(folder / f'resnet50-{digest}.pth') in results['torchvision://resnet50'].advice
+
+    (folder / f'resnet50-{digest}.pth').write_bytes(b'weights')
+    (folder / f'resnet101-{digest}.pth').write_bytes(b'weigh')
+    results = check('weights')
+    assert results['torchvision://resnet50'].status == 'ok'
+    assert 'is not what its name says' in results['torchvision://resnet101'].found
+
+    monkeypatch.setattr(preflight.urllib.request, 'urlopen', lambda *_, **__: nullcontext())
+    assert check('weights')['open-mmlab://detectron/resnet50_gn'].status == 'ok'
+
+
+def test_names_of_weights_are_found_where_mmengine_looks():
+    for name, file in (
+        ('torchvision://resnet50', r'resnet50-[0-9a-f]{8}\.pth'),
+        ('open-mmlab://detectron/resnet50_gn', r'resnet50_gn.*-[0-9a-f]{8}\.pth'),
+    ):
+        assert re.fullmatch(file, preflight.weights_file(preflight.weights_url(name)).name)
+
+
+def test_a_full_disk_is_found(check, monkeypatch):
+    for free, status, advised in ((10**13, 'ok', False), (50 * 10**9, 'ok', True), (10**9, 'NOT OK', True)):
+        monkeypatch.setattr(preflight.shutil, 'disk_usage', lambda _, free=free: SimpleNamespace(free=free))
+        (result,) = check('disk').values()
+        assert result.status == status and bool(result.advice) == advised
+
+
+def test_the_disk_space_is_that_of_the_checkpoints(tmp_path, monkeypatch):
+    monkeypatch.setenv('CBN_ROW', 'mask-rcnn_r50_fpn_cbn-head_1x_coco')
+    config = Config.fromfile(ROOT / 'configs' / 'small' / 'r18_coco.py')
+    init_default_scope('mmdet')
+    model = MODELS.build(config.model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    torch.save(dict(state_dict=model.state_dict(), optimizer=optimizer.state_dict()), tmp_path / 'epoch_1.pth')
+    size = (tmp_path / 'epoch_1.pth').stat().st_size
+    assert preflight.checkpoint_bytes(config) == pytest.approx(12 * size, rel=0.01)
+    config.default_hooks.checkpoint.max_keep_ckpts = 2
+    assert preflight.checkpoint_bytes(config) == pytest.approx(2 * size, rel=0.01)
+
+
+def test_the_layer_is_as_near_to_the_oracle_as_batch_norm(check, monkeypatch):
+    results = check('layer')
+    assert len(results) == 3 and {result.status for result in results.values()} == {'ok'}
+    monkeypatch.setattr(preflight, 'MEMORY_FORMATS', dict(contiguous=torch.contiguous_format))
+    right = sys.modules['mmdet_cbn.cbn'].compensate
+    monkeypatch.setattr('mmdet_cbn.cbn.compensate', lambda *args: (right(*args)[0] + 0.1, right(*args)[1]))
+    results = check('layer')
+    assert {result.status for result in results.values()} == {'NOT OK'}
+    assert all('order=1, contiguous is the farthest' in result.found for result in results.values())
+
+
+class Waits(CBN):
+    """A layer that makes the host wait, as far as the fake device below can tell."""
+
+    def forward(self, input):
+        if Device.mode == 'error':
+            raise RuntimeError('called a synchronizing CUDA operation')
+        return super().forward(input)
+
+
+class Device:
+    mode = 'default'
+
+    @classmethod
+    def set_mode(cls, mode):
+        cls.mode = mode
+
+
+@pytest.mark.parametrize('waits', [False, True])
+def test_waiting_for_the_device_is_found(check, monkeypatch, waits):
+    """With what tells of it on a GPU replaced, since there may be none."""
+    monkeypatch.setattr(Machine, 'device', torch.device('cpu'))
+    monkeypatch.setattr(torch.cuda, 'synchronize', lambda: None)
+    monkeypatch.setattr(torch.cuda, 'set_sync_debug_mode', Device.set_mode)
+    monkeypatch.setitem(preflight.KINDS, 'order=1', lambda: (Waits if waits else CBN)(preflight.CHANNELS))
+    results = check('waiting')
+    assert Device.mode == 'default'
+    assert [result.status for result in results.values()] == ['NOT OK' if waits else 'ok', 'ok']
+    if waits:
+        assert results['no waiting for the GPU'].found == 'order=1: called a synchronizing CUDA operation'
+
+
+def train_apart(*args):
+    """In the place of ``train_together``: nothing is exchanged between the processes."""
+    preflight.DistributedDataParallel = lambda model, device_ids: model
+    together(*args)
+
+
+together = preflight.train_together
+
+
+def test_processes_that_train_apart_are_found(check, monkeypatch):
+    monkeypatch.setattr(preflight, 'train_together', train_apart)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)
+    assert 'after 3 steps, 0.weight differs between processes' in check('processes')['processes'].found
+
+
+def test_a_step_is_timed(check, monkeypatch):
+    monkeypatch.setenv('CBN_ROW', CBN_HEAD.config)
+    monkeypatch.setattr(Machine, 'config', Config.fromfile(ROOT / 'configs' / 'small' / 'r18_coco.py'))
+    monkeypatch.setattr(preflight, 'SIZE', (96, 64))
+    results = check('step')
+    assert re.match(r'\d+\.\d+ s, peak memory \d\.\d GB, with 2 images of 96x64', results['a step of cbn-head'].found)
+    assert results['a step of cbn-head'].status == 'ok'
+
+
+def test_a_check_that_breaks_is_a_result(check, monkeypatch):
+    def broken(machine):
+        yield preflight.Result('first', 'ok', '')
+        raise RuntimeError('out of memory\nand more')
+
+    monkeypatch.setitem(preflight.CHECKS, 'step', broken)
+    results = check('step')
+    assert results['step'].status == 'NOT OK' and results['step'].found == 'RuntimeError: out of memory'
+    assert results['first'].status == 'ok'
+
+
+def test_the_yardstick_is_batch_norms(monkeypatch):
+    assert 0 < preflight.deviation(nn.BatchNorm2d(4), 'cpu') < 1e-4
