@@ -64,6 +64,13 @@ def _few_threads():
     torch.set_num_threads(min(torch.get_num_threads(), 2))
 
 
+@pytest.fixture(params=['cpu', *(['cuda'] if torch.cuda.is_available() else [])])
+def device(request):
+    """Each device of this machine. What a test makes is made there, if it names no other."""
+    with torch.device(request.param), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        yield request.param
+
+
 @pytest.fixture(autouse=True)
 def _no_leftover_scope():
     """Each Runner leaves a default scope behind, which the next one of the same name would complain of."""

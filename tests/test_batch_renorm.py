@@ -13,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from mmdet_cbn import BRN
 
+pytestmark = pytest.mark.usefixtures('device')
+
 EARLY = dict(r_max=1.5, d_max=0.4, r_steps=(2, 7), d_steps=(1, 5), momentum=0.1)
 
 
@@ -41,8 +43,9 @@ class Oracle:
 def batches(count):
     generator = torch.Generator().manual_seed(1)
     for _ in range(count):
-        scale, mean = 0.3 + 3 * torch.rand(2, generator=generator)
-        yield torch.randn((2, 4, 5, 3), generator=generator, dtype=torch.float64) * scale + mean - 1.5
+        scale, mean = 0.3 + 3 * torch.rand(2, generator=generator, device='cpu')
+        x = torch.randn((2, 4, 5, 3), generator=generator, dtype=torch.float64, device='cpu') * scale + mean - 1.5
+        yield x.to(torch.empty(0).device)
 
 
 def layer(**arguments):

@@ -21,8 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from mmdet_cbn import CBN, convolution
-from mmdet_cbn.experiments.oracle import OracleCBN
+from mmdet_cbn.experiments.oracle import OracleCBN, batches, loss_of
 from mmdet_cbn.statistics import compensate
+
+pytestmark = pytest.mark.usefixtures('device')
 
 CONVOLUTIONS = {
     '1x1': dict(kernel_size=1),
@@ -46,20 +48,6 @@ def conv_and_norm(seed=0, dtype=torch.float64, conv=CONVOLUTIONS['3x3 padded'], 
     nn.init.uniform_(norm.weight, 0.5, 1.5)
     nn.init.normal_(norm.bias)
     return nn.Sequential(nn.Conv2d(4, 4, **{'bias': False, **conv}), norm).to(dtype)
-
-
-def batches(count, seed=1, shape=(2, 4, 9, 7), dtype=torch.float64):
-    """Inputs whose mean and scale differ from batch to batch and are far from those of normalized data."""
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(count):
-        scale, mean = 0.5 + 2 * torch.rand(2, generator=generator)
-        yield torch.randn(shape, generator=generator, dtype=dtype) * scale + mean
-
-
-def loss_of(y):
-    """A loss whose gradient is different everywhere and not constant in y."""
-    weight = torch.arange(y.numel(), dtype=y.dtype).view_as(y).sin()
-    return (weight * y + 0.1 * y**2).sum() / len(y)
 
 
 @pytest.mark.parametrize('order', [0, 1, 2])
@@ -724,7 +712,7 @@ def by_half(model):
 
 def by_the_meta_device(model):
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    model.to('meta').to_empty(device='cpu').load_state_dict(weights)
+    model.to('meta').to_empty(device=torch.empty(0).device).load_state_dict(weights)
     return model
 
 

@@ -13,6 +13,8 @@ from mmdet_cbn.convolution import ConvCall
 from mmdet_cbn.experiments.oracle import OracleCBN
 from mmdet_cbn.statistics import batch_statistics, compensate_samples, sampled_statistics
 
+pytestmark = pytest.mark.usefixtures('device')
+
 
 def of(conv, x):
     """Mean without the bias, and variance, of what ``conv`` makes of ``x``, and the call."""
@@ -139,10 +141,10 @@ def test_bytes_held_by_the_window(samples):
     assert in_weights <= (1.1 if samples is None else 0.3), 'an old iteration; the authors hold three'
 
 
-def test_in_mixed_precision_unchanged_weights_change_nothing():
+def test_in_mixed_precision_unchanged_weights_change_nothing(device):
     """Else the difference between the two precisions would be taken for one of the weights."""
     conv, norm = nn.Conv2d(8, 8, 3), CBN(8, window_size=3, samples=16)
-    with torch.autocast('cpu', torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         norm(conv(torch.randn(2, 8, 9, 9)))
         past = norm._windows.current.stacked()
     mean, var = compensate_samples(past, conv.weight.detach(), 1)
