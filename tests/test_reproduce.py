@@ -17,9 +17,9 @@ from conftest import ROOT
 
 from mmdet_cbn.experiments import logs, reproduction
 from mmdet_cbn.experiments.logs import Run, collect, find_runs, settings_of
-from mmdet_cbn.experiments.paper import FIGURE3, FIGURE5, TABLE5, TABLES, Row
+from mmdet_cbn.experiments.paper import BOX, FIGURE3, FIGURE5, TABLE5, TABLES, Row
 from mmdet_cbn.experiments.report import markdown, plot_curves, plot_figure, write_report
-from mmdet_cbn.experiments.reproduction import Setting, Trial, load, trials_of
+from mmdet_cbn.experiments.reproduction import NOTHING_DETECTED, Setting, Trial, load, trials_of
 
 CONFIGS = ROOT / 'configs'
 TOOL = ROOT / 'tools' / 'reproduce.py'
@@ -198,6 +198,74 @@ def test_damaged_logs_are_named(file, content, named, tmp_path, monkeypatch, cap
         assert run.metrics == ({'bbox_mAP': 50} if 'test' in file else {})
 
 
+# -- runs that detect nothing: mmdet gives no metrics of them, mmengine writes the rest
+
+EMPTY = f'{NOTHING_DETECTED}\n11/25 07:15:04 - mmengine - INFO - Epoch(val) [{{}}][1/1]    time: 9.6507\n'
+ZEROS = {name.replace('bbox', kind): 0 for kind in ('bbox', 'segm') for name in BOX}
+
+
+def test_a_model_that_detects_nothing_has_an_ap_of_zero(shapes_root, tmp_path):
+    """From tools/reproduce.py to the report."""
+    arguments = ['--table', '6', '--rows', 'mask-r50-gn', *TINY[TINY.index('--small') :]]
+    options = ['train_cfg.max_epochs=1', 'model.test_cfg.rcnn.score_thr=1.0']
+    call = dict(
+        args=[sys.executable, TOOL, *arguments, *options],
+        cwd=tmp_path,
+        env={**os.environ, 'SHAPES_ROOT': str(shapes_root), 'OMP_NUM_THREADS': '2'},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    for result in ('finished', 'was finished'):
+        ended = subprocess.run(**call)
+        assert ended.returncode == 0, ended.stdout[-5000:]
+        name = 'mask-rcnn_r50_fpn_gn-head_1x_coco, seed 0'
+        assert ended.stdout.endswith(f'== Summary\n{name}: {result} (nothing was detected: AP 0)\n')
+    (run,) = find_runs([tmp_path / 'runs'])
+    assert run.nothing_detected and run.metrics == run.curve[1] == ZEROS
+    shutil.rmtree(run.work_dir / 'test')
+    assert find_runs([tmp_path / 'runs']) == [run], 'the last validation says the same'
+    write_report([run], tmp_path / 'report', CONFIGS, trials=1)
+    assert find_runs([tmp_path / 'report' / 'runs.json'])[0].nothing_detected
+
+
+def test_nothing_detected_in_validation_is_a_point_of_the_curve(tmp_path):
+    """In the first epoch. In the second the run was killed before the end of the validation, and did it again."""
+
+    def session(name, log, scalars=''):
+        (tmp_path / name / 'vis_data').mkdir(parents=True)
+        (tmp_path / name / f'{name}.log').write_text(f'GPU number: 1\n{log}')
+        (tmp_path / name / 'vis_data' / 'scalars.json').write_text(scalars)
+        evaluator = "val_evaluator = dict(metric='bbox')"
+        (tmp_path / name / 'vis_data' / 'config.py').write_text(f'train_cfg = dict(max_epochs=2)\n{evaluator}')
+
+    (tmp_path / 'name.py').touch()
+    session('1', EMPTY.format(1) + NOTHING_DETECTED)
+    zeros = dict.fromkeys(BOX, 0)
+    (run,) = find_runs([tmp_path])
+    assert run.curve == {1: zeros} and run.metrics == {} and not run.nothing_detected
+    session('2', EMPTY.format(2))
+    (run,) = find_runs([tmp_path])
+    assert run.curve == {1: zeros, 2: zeros} and run.metrics == zeros and run.nothing_detected
+    session('3', '', '{"coco/bbox_mAP": 0.5, "step": 2}\n')
+    (run,) = find_runs([tmp_path])
+    assert run.curve == {1: zeros, 2: {'bbox_mAP': 50}} and run.metrics == run.curve[2] and not run.nothing_detected
+
+
+def test_the_report_says_that_nothing_was_detected(tmp_path):
+    row = TABLE5.rows[0]
+    runs = as_in_the_paper(row, [36.0, 0.0, 0.0])
+    runs[2] = runs[2]._replace(nothing_detected=True)
+    write_report(runs, tmp_path, CONFIGS, trials=3)
+    text = (tmp_path / 'table5.md').read_text()
+    assert '| ours, 3 trials | 12.0 ± 20.8 |' in text
+    assert 'Nothing was detected, which counts as AP 0: none (1 of 3 trials).' in text
+    with open(tmp_path / 'table5.csv', newline='') as stream:
+        counts = {line['row']: line['nothing detected'] for line in csv.DictReader(stream)}
+    assert counts['none'] == '1' and set(counts.values()) == {'0', '1'}
+    assert 'Nothing' not in markdown(TABLE5, collect(TABLE5, runs[:2], CONFIGS)), 'an AP of 0 alone says no such thing'
+
+
 # -- the report, on runs with the paper's settings
 
 
@@ -344,6 +412,23 @@ def test_a_dry_run_prints_commands_for_every_row_and_runs_nothing(number, small,
             assert '--resume' in training and '--resume' not in evaluation
 
 
+DOCUMENTS = {name: (ROOT / name).read_text() for name in ('README.md', 'docs/reproduction.md')}
+COMMAND = re.compile(r'^ *python tools/reproduce\.py ((?:\\\n|[^#\n])*)', re.MULTILINE)
+
+
+@pytest.mark.parametrize('arguments', sorted({found for text in DOCUMENTS.values() for found in COMMAND.findall(text)}))
+def test_the_commands_of_the_documents_can_be_run(arguments, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code, text = reproduce(monkeypatch, capsys, *arguments.replace('\\\n', ' ').split(), '--dry-run')
+    assert code == 0 and '/tools/dist_train.sh ' in text
+
+
+@pytest.mark.parametrize('name', DOCUMENTS)
+def test_nothing_stands_beside_a_fence(name):
+    fences = re.findall(r'^ *```(.*)$', DOCUMENTS[name], re.MULTILINE)
+    assert fences[1::2] == [''] * (len(fences) // 2) and set(fences[::2]) <= {'shell', 'python'}
+
+
 @pytest.mark.parametrize(('table', 'folder'), [('5', 'paper'), ('study-rate', 'study')])
 def test_the_paper_and_the_study_have_folders_of_their_own(table, folder, monkeypatch, capsys):
     code, text = reproduce(monkeypatch, capsys, '--table', table, '--gpus', '1', '--trials', '1', '--dry-run')
@@ -447,6 +532,26 @@ def test_a_command_that_leaves_nothing_is_a_failure(fake):
         train = 'pass'
 
     assert run(fake(Idle))[0].startswith('FAILED: training (the command ended well, but left no result)')
+
+
+@pytest.mark.parametrize(
+    ('log', 'metrics', 'detected_nothing'),
+    [(NOTHING_DETECTED, True, True), ('', True, False), (NOTHING_DETECTED, False, False)],
+    ids=['complete', 'without any word on it', 'killed before its end'],
+)
+def test_an_evaluation_that_detects_nothing_is_one(fake, log, metrics, detected_nothing):
+    class Blind(Fake):
+        test = f"import os; os.makedirs('test/now'); open('test/now/now.log', 'w').write({log!r})"
+        test += """; open('test/now/now.json', 'w').write('{"time": 0.3}')""" * metrics
+
+    trial = fake(Blind)
+    result, steps = run(trial)
+    assert steps == ['training', 'evaluation']
+    if detected_nothing:
+        assert result == 'finished (nothing was detected: AP 0)'
+        assert run(trial) == ('was finished (nothing was detected: AP 0)', [])
+    else:
+        assert result.startswith('FAILED: evaluation (the command ended well, but left no result)')
 
 
 def test_an_evaluation_of_an_earlier_epoch_is_not_the_last(fake):

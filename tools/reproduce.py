@@ -96,7 +96,7 @@ def main() -> None:
             results[str(trial)] = run(trial, environment(), lambda step: print(f'== {step}', flush=True))
     if not args.dry_run:
         print('== Summary', *(f'{name}: {result}' for name, result in results.items()), sep='\n')
-        sys.exit(any(not result.endswith('finished') for result in results.values()))
+        sys.exit(any(result.startswith(('FAILED', 'NOT RUN')) for result in results.values()))
 
 
 if __name__ == '__main__':

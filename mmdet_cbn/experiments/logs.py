@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from mmengine.config import Config
 
 from ..errors import naming
-from .paper import Row, Table
-from .reproduction import SETTINGS, evaluations, load
+from .paper import BOX, Row, Table
+from .reproduction import NOTHING_DETECTED, SETTINGS, evaluations, load
 
 # What decides on a result. Where the data lie and how they are loaded does not.
 _DECISIVE = (
@@ -47,6 +47,7 @@ class Run(NamedTuple):
     curve: dict[int, dict[str, float]]  #: metrics by epochs trained, APs in percent
     metrics: dict[str, float]  #: of the last epoch; empty while it has not been evaluated
     epochs: int  #: of the whole training
+    nothing_detected: bool = False  #: by the last epoch: then its APs are 0, without mmdet having given any
 
 
 class Entry(NamedTuple):
@@ -138,21 +139,35 @@ def _read_run(work_dir: Path) -> Run:
                     continue  # killed while it was written
                 if metrics := _percent(logged):
                     curve[logged['step']] = metrics
+        for log in file.parents[1].glob('*.log'):
+            curve |= {int(epoch): {} for epoch in _VALIDATED_NOTHING.findall(log.read_text())}
     newest = max(work_dir.glob('*/vis_data/config.py'))
     with naming(newest, 'is no config of mmengine'):
         config = Config.fromfile(newest)
     epochs = config.train_cfg.max_epochs
     tested = evaluations(work_dir)
-    metrics = _percent(tested[-1]) if tested else curve.get(epochs, {})
+    nothing_detected = not tested[-1] if tested else curve.get(epochs) == {}
+    zeros = dict.fromkeys(_names_of_aps(config), 0.0)
+    curve = {epoch: metrics or zeros for epoch, metrics in curve.items()}
+    metrics = zeros if nothing_detected else _percent(tested[-1]) if tested else curve.get(epochs, {})
     gpus = [int(found) for file in newest.parents[1].glob('*.log') for found in _GPUS.findall(file.read_text())]
     name = config.get('row') or next(work_dir.glob('*.py')).stem
     reproduced = work_dir / SETTINGS
     with naming(reproduced, 'is not what tools/reproduce.py writes'):
         row_run = json.loads(reproduced.read_text())['run'] if reproduced.is_file() else None
-    return Run(work_dir, name, row_run, {**settings_of(config), 'GPUs': gpus[-1]}, curve, metrics, epochs)
+    settings = {**settings_of(config), 'GPUs': gpus[-1]}
+    return Run(work_dir, name, row_run, settings, curve, metrics, epochs, nothing_detected)
 
 
 _GPUS = re.compile(r'GPU number: (\d+)')
+# The next line on a whole validation names the epoch. There is none if it was killed before.
+_VALIDATED_NOTHING = re.compile(rf'{re.escape(NOTHING_DETECTED)}$.*?Epoch\(val\) +\[(\d+)\]', re.DOTALL | re.MULTILINE)
+
+
+def _names_of_aps(config: Config) -> list[str]:
+    """The APs that the validation of a config gives where anything is detected."""
+    kinds = config.get('val_evaluator', {}).get('metric', 'bbox')
+    return [name.replace('bbox', kind) for kind in ([kinds] if isinstance(kinds, str) else kinds) for name in BOX]
 
 
 def _percent(line: Mapping[str, Any]) -> dict[str, float]:

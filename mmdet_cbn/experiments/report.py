@@ -66,6 +66,7 @@ def markdown(table: Table, entries: Mapping[str, list[Entry]], trials: int = 1, 
             missing.append(f'{row.name} ({_progress(entries.get(row.name, []), finished, trials)})')
     if notes:
         lines += ['', *(f'({number}) {note}' for number, note in enumerate(notes, 1))]
+    lines += _nothing_detected(table, entries)
     if len(missing) == len(table.rows) and not entries:
         lines += ['', 'We have trained none of these.']
     elif missing:
@@ -84,9 +85,20 @@ def _markdown_of_study(table: Table, entries: Mapping[str, list[Entry]], trials:
         lines.append(_line([*row.labels, *cells, len(runs)]))
         if len(runs) < trials:
             missing.append(f'{row.name} ({_progress(entries.get(row.name, []), len(runs), trials)})')
+    lines += _nothing_detected(table, entries)
     if missing:
         lines += ['', f'Not trained: {", ".join(missing)}.']
     return '\n'.join(lines) + '\n'
+
+
+def _nothing_detected(table: Table, entries: Mapping[str, list[Entry]]) -> list[str]:
+    """Which rows have trials that ended without a single detection."""
+    found = []
+    for row in table.rows:
+        finished = [run for entry in entries.get(row.name, []) for run in entry.finished]
+        if number := sum(run.nothing_detected for run in finished):
+            found.append(f'{row.name} ({number} of {_trials(finished)})')
+    return ['', f'Nothing was detected, which counts as AP 0: {", ".join(found)}.'] if found else []
 
 
 def _heading(table: Table, heads: list[str]) -> list[str]:
@@ -145,6 +157,7 @@ def write_csv(file: Path, table: Table, entries: Mapping[str, list[Entry]]) -> N
                 'trials',
                 'difference',
                 'as in the paper',
+                'nothing detected',
             ]
         )
         for row in table.rows:
@@ -165,6 +178,7 @@ def write_csv(file: Path, table: Table, entries: Mapping[str, list[Entry]]) -> N
                             len(entry.finished),
                             round(result[0] - paper, 3) if comparable else None,  # type: ignore[index, operator]
                             not entry.differences if entry.runs else None,
+                            sum(run.nothing_detected for run in entry.finished),
                         ]
                     )
 

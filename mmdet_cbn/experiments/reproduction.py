@@ -19,6 +19,8 @@ from ..checkpoint import find_latest_checkpoint, whole_file
 from .paper import Row
 
 SETTINGS = 'settings.json'  # in the folder of a trial
+# What mmdet's CocoMetric logs where the model detected nothing at all. It gives no metrics then.
+NOTHING_DETECTED = 'The testing results of the whole dataset is empty.'
 
 
 class SettingsChanged(RuntimeError):
@@ -164,15 +166,22 @@ def load(config: Path) -> Config:
 
 
 def evaluations(work_dir: Path) -> list[dict[str, Any]]:
-    """The metrics that tools/test.py wrote under ``work_dir``/test, oldest first."""
+    """The metrics that tools/test.py wrote under ``work_dir``/test, oldest first; none where it detected nothing.
+
+    mmengine writes the file when the evaluation is complete: one that failed or was killed before has none.
+    """
     found = []
     for file in sorted(work_dir.glob('test/*/*.json')):
         try:
             metrics = json.loads(file.read_text())
         except ValueError:  # killed while it was written
             continue
-        if isinstance(metrics, dict) and any(key.endswith('_mAP') for key in metrics):
+        if not isinstance(metrics, dict):
+            continue
+        if any(key.endswith('_mAP') for key in metrics):
             found.append(metrics)
+        elif (log := file.with_suffix('.log')).is_file() and NOTHING_DETECTED in log.read_text():
+            found.append({})
     return found
 
 
@@ -201,12 +210,13 @@ def run(trial: Trial, environment: dict[str, str], announce: Callable[[str], Non
         announce: Is told each step.
 
     Returns:
-        What became of it: ``'finished'``, ``'was finished'``, or what went wrong.
+        What became of it: ``'finished'`` or ``'was finished'``, where it detected nothing with a word on that; or what
+        went wrong, which begins with ``'FAILED'`` or ``'NOT RUN'``.
     """
     try:
         with trial.hold() as lock:
             if trial.is_evaluated():
-                return 'was finished'
+                return f'was finished{_word_on_nothing(trial)}'
             trial.mend_pointer()
             steps: list[tuple[str, Callable[[], list[str]], Callable[[], bool]]] = [
                 ('training', trial.training, trial.is_trained),
@@ -220,9 +230,13 @@ def run(trial: Trial, environment: dict[str, str], announce: Callable[[str], Non
                 if status or not is_done():
                     reason = f'exit status {status}' if status else 'the command ended well, but left no result'
                     return f'FAILED: {name} ({reason}); logs in {trial.work_dir}'
-            return 'finished'
+            return f'finished{_word_on_nothing(trial)}'
     except (RunsElsewhere, SettingsChanged) as error:
         return f'NOT RUN: {error}'
+
+
+def _word_on_nothing(trial: Trial) -> str:
+    return '' if evaluations(trial.work_dir)[-1] else ' (nothing was detected: AP 0)'
 
 
 def _call(command: list[str], environment: dict[str, str], lock: int) -> int:
