@@ -15,7 +15,6 @@ from collections import OrderedDict
 from copy import deepcopy
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import urlparse
 
 import pytest
 import torch
@@ -26,11 +25,11 @@ from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import init_default_scope
-from mmengine.runner.checkpoint import get_external_models, get_torchvision_models
 from torch import nn
 
 from mmdet_cbn.experiments.benchmark import make_inputs
 from mmdet_cbn.experiments.paper import TABLES, Row, Table
+from mmdet_cbn.experiments.preflight import weights_file, weights_url
 from mmdet_cbn.experiments.reproduction import Setting, Trial
 from mmdet_cbn.shapes import write_shapes
 
@@ -93,6 +92,11 @@ def disturb(model: nn.Module) -> None:
             module.running_var += torch.rand_like(module.running_var)
 
 
+def file_of(weights: str) -> str:
+    """The name of the file that mmengine downloads these weights to."""
+    return weights_file(weights_url(weights)).name
+
+
 @pytest.fixture(scope='module')
 def torch_home(tmp_path_factory):
     """A TORCH_HOME with all that the configs would download: files of the same names and layouts, of random numbers."""
@@ -105,23 +109,19 @@ def torch_home(tmp_path_factory):
         disturb(model)
         # Parameters and tensors without the number of batches, which is younger than these files.
         state = {key: v for key, v in model.state_dict(keep_vars=True).items() if 'num_batches' not in key}
-        url = get_torchvision_models()[f'resnet{depth}']
-        torch.save(OrderedDict(state), folder / Path(urlparse(url).path).name)
+        torch.save(OrderedDict(state), folder / file_of(f'torchvision://resnet{depth}'))
     init_default_scope('mmdet')
     model = MODELS.build(dict(type='ResNet', depth=50, norm_cfg=dict(type='GN', num_groups=32)))
     model.init_weights()
     disturb(model)
-    url = get_external_models()['detectron/resnet50_gn']
-    torch.save(dict(state_dict=model.state_dict()), folder / Path(urlparse(url).path).name)
+    torch.save(dict(state_dict=model.state_dict()), folder / file_of('open-mmlab://detectron/resnet50_gn'))
     yield home
     shutil.rmtree(home)
 
 
 def weights_for(config: Config, torch_home: Path) -> dict[str, torch.Tensor]:
     """What the file that a config names has for the backbone, by its name in the detector."""
-    scheme, _, name = config.model.backbone.init_cfg.checkpoint.partition('://')
-    url = {'torchvision': get_torchvision_models, 'open-mmlab': get_external_models}[scheme]()[name]
-    loaded = torch.load(torch_home / 'hub' / 'checkpoints' / Path(urlparse(url).path).name)
+    loaded = torch.load(torch_home / 'hub' / 'checkpoints' / file_of(config.model.backbone.init_cfg.checkpoint))
     loaded = loaded.get('state_dict', loaded)
     return {f'backbone.{key}': value for key, value in loaded.items() if not key.startswith('fc.')}
 

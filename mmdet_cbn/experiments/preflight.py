@@ -233,7 +233,7 @@ def check_disk(machine: Machine) -> Iterator[Result]:
         f'{free / 1e9:.0f} GB are free in {place}; {machine.row.name} takes {row / 1e9:.0f} GB, and all tables and '
         f'figures {everything / 1e9:.0f} GB, with {trials} each'
     )
-    advice = 'Take another --work-dir, or --cfg-options default_hooks.checkpoint.max_keep_ckpts=1.'
+    advice = 'Take another --work-dir, or --cfg-options default_hooks.checkpoint.max_keep_ckpts=2.'
     yield Result('disk', 'ok' if free > row else 'NOT OK', found, '' if free > everything else advice)
 
 
