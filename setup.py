@@ -19,6 +19,7 @@ setup(
     python_requires='>=3.10',
     # torch and mmcv (which is compiled against torch) are the user's to choose: torch stands nowhere here, and mmcv
     # only in the extras, so that neither is ever replaced by an install of this package alone. import checks both.
+    # torchvision stands nowhere: each version pins its torch, so pip would take the newest, and replace the torch.
     install_requires=['numpy', 'pycocotools'],
     extras_require={
         # mmdet 3.3.0 refuses mmcv 2.2.

@@ -14,6 +14,7 @@ from .arguments import check_bool, check_device_and_dtype, check_int, check_real
 from .calls import Iteration, recall
 from .errors import refuse_data_parallel
 from .normalization import runs_again
+from .old_torch import is_compiling, outside_graphs
 from .statistics import batch_statistics
 
 
@@ -111,10 +112,14 @@ class BRN(nn.BatchNorm2d):
         """Normalize ``input``, [N, C, H, W]."""
         if not self.training or input.numel() == 0:
             return super().forward(input)
+        return self._training_forward(input)
+
+    @outside_graphs
+    def _training_forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
         second_run = runs_again()
         # A compiled graph computes a checkpointed block again by itself.
-        calls = None if second_run or torch.compiler.is_compiling() else self._iteration
+        calls = None if second_run or is_compiling() else self._iteration
         call = None if calls is None else calls.begin_call(None)
         with torch.no_grad():
             mean, var = batch_statistics(input)

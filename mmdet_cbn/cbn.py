@@ -19,6 +19,7 @@ from .conversion import active_norms, become, under
 from .convolution import ConvCall, ConvFinder, unsupported_because
 from .errors import refuse_data_parallel, title_of
 from .normalization import WindowNorm, runs_again
+from .old_torch import IS_BEFORE_2_6, is_autocast_enabled, is_compiling, outside_graphs
 from .statistics import (
     CompensatedStatistics,
     NaiveStatistics,
@@ -52,6 +53,11 @@ _REMEDY = (
     "Use order=0 (Naive CBN), which needs no convolution, or type='BN', in the norm_cfg of this layer; "
     'or call the layer as norm(conv(x)) with a torch.nn.Conv2d.'
 )
+if IS_BEFORE_2_6:
+    _REMEDY += (
+        ' Under torch.compile the layer does not see the call: train one step without torch.compile before, or use '
+        'torch >= 2.6.'
+    )
 
 
 @MODELS.register_module()
@@ -111,9 +117,9 @@ class CBN(nn.BatchNorm2d):
         ValueError: An argument of a value that is not allowed; in training, one value a channel, as in torch.
         RuntimeError: In training, an input of another number of channels; in ``torch.nn.DataParallel``, whose replicas
             cannot keep a window; in a checkpointed block, if it cannot be known which of several calls runs again; in
-            the first training forward with
-            ``order`` 1 or 2, if no supported convolution feeds the layer; in training with ``window_size='auto'``, if
-            nothing has put in a number; in training under ``torch.export``.
+            the first training forward with ``order`` 1 or 2, if no supported convolution feeds the layer, or if
+            torch < 2.6 compiles it; in training with ``window_size='auto'``, if nothing has put in a number; in
+            training under ``torch.export``.
     """
 
     def __init__(
@@ -305,8 +311,10 @@ class CBN(nn.BatchNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize ``input``, the output of a convolution, [N, C, H, W]."""
-        if not self.training:
-            return super().forward(input)
+        return self._training_forward(input) if self.training else super().forward(input)
+
+    @outside_graphs
+    def _training_forward(self, input: Tensor) -> Tensor:
         if self.window_size == 'auto':
             raise RuntimeError(
                 f"{title_of(self)} was built with window_size='auto', which CBNBurnInHook replaces by a number when "
@@ -351,7 +359,7 @@ class CBN(nn.BatchNorm2d):
 
     def _empty_forward(self, input: Tensor, conv: nn.Conv2d | None) -> Tensor:
         output = super().forward(input)
-        if output.grad_fn is not None and not torch.compiler.is_compiling():
+        if output.grad_fn is not None and not is_compiling():
             # A call like the others, lest those after it take up each other's windows; and alive for as long.
             output.grad_fn.register_prehook(self._windows.begin_call(conv).go_back)
         return output
@@ -384,7 +392,7 @@ class CBN(nn.BatchNorm2d):
         conv, conv_input = feeding or (None, None)
         running = (self.running_mean, self.running_var, self.num_batches_tracked)
         call: Call | int
-        if torch.compiler.is_compiling():
+        if is_compiling():
             call = compiled.number_of(self)
             conv_number = -1 if conv is None else compiled.number_of(conv)
             learning = torch.is_grad_enabled() and any(
@@ -409,7 +417,7 @@ class CBN(nn.BatchNorm2d):
         call = Call(None) if second_run else self._windows.begin_call(module)
         device = input.device.type
         # Made only where there is one to be kept out: it takes as long as some of the statistics.
-        autocast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+        autocast = torch.autocast(device, enabled=False) if is_autocast_enabled(device) else nullcontext()
         with torch.no_grad(), autocast:
             batch_mean, var = batch_statistics(input)
             mean = batch_mean if conv_bias is None else batch_mean - conv_bias
@@ -501,7 +509,7 @@ class CBN(nn.BatchNorm2d):
         self._bad_batches.add_(finite.all().logical_not())
 
     def _warn_once(self, reason: str) -> None:
-        if self._has_warned or torch.compiler.is_compiling():
+        if self._has_warned or is_compiling():
             return
         self._has_warned = True
         print_log(

@@ -2,8 +2,9 @@
 
 torch >= 2.6 loads with ``weights_only=True``. That refuses mmengine's own checkpoints, which hold their training log as
 HistoryBuffer objects and NumPy arrays, while mmengine's loader for URLs still asks for ``weights_only=False``, which
-lets a checkpoint run code. Here every load of mmengine goes through torch's restricted unpickler, with exactly those
-types let in that mmengine writes.
+lets a checkpoint run code, as an older torch always does. Here every load of mmengine goes through torch's restricted
+unpickler, with exactly those types let in that mmengine writes. That of an older torch takes no further types: there it
+is :mod:`mmdet_cbn.old_unpickler`.
 
 And mmengine writes a checkpoint under its own name, and the name of the last one into a file, where a run that is
 killed just then leaves half of it.
@@ -25,7 +26,9 @@ from mmengine import fileio
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader, Runner, runner
 
+from . import old_unpickler
 from .errors import naming
+from .old_torch import IS_BEFORE_2_6
 
 
 def _history_method(owner: Any, name: Any) -> Callable:
@@ -35,7 +38,8 @@ def _history_method(owner: Any, name: Any) -> Callable:
     raise pickle.UnpicklingError(f'getattr of {name!r} on {owner!r}')
 
 
-def _allowed_globals() -> list[Any]:
+def allowed_globals() -> list[Any]:
+    """What mmengine writes, and torch does not load: objects, or pairs of an object and its name in a checkpoint."""
     array = np.zeros(1)
     reconstruct, scalar = array.__reduce__()[0], array[0].__reduce__()[0]
     return [
@@ -61,10 +65,12 @@ def restricted_torch_load(file: Any, map_location: Any = None, **ignored: Any) -
         RuntimeError: The file is damaged; and whatever ``torch.load`` raises.
     """
     _check_archive(file)
+    if IS_BEFORE_2_6:
+        return old_unpickler.torch_load(file, map_location)
     declared = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
     try:
-        with torch.serialization.safe_globals(_allowed_globals()):
+        with torch.serialization.safe_globals(allowed_globals()):
             return _torch_load(file, map_location=map_location, weights_only=True)
     finally:
         torch.serialization.add_safe_globals(declared)

@@ -2,7 +2,7 @@
 
 So a training step has no graph break on its account, and needs no new graph when the window fills or turns. Which
 convolution feeds a layer is settled while the graph is made, and the normalization itself, forward and backward, is
-compiled.
+compiled. With torch < 2.6 a training forward of the layer is no part of a graph, and nothing here is called.
 """
 
 from itertools import count
@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
+from .old_torch import custom_op
 from .statistics import statistics_dtype
 
 # An operator takes tensors and numbers: so modules have numbers. They go with the module, no copy has the same.
@@ -32,7 +33,7 @@ def number_of(module: nn.Module) -> int:
 
 
 # What it changes is named, so that the calls of one layer stay in their order.
-@torch.library.custom_op(
+@custom_op(
     'mmdet_cbn::window_statistics',
     mutates_args=('running_mean', 'running_var', 'num_batches_tracked'),
     tags=_TAGS,
@@ -72,7 +73,7 @@ def _(x: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
     return mean, var, share
 
 
-@torch.library.custom_op('mmdet_cbn::go_back', mutates_args=(), tags=_TAGS)
+@custom_op('mmdet_cbn::go_back', mutates_args=(), tags=_TAGS)
 def go_back(share: Tensor, dy: Tensor, layer: int) -> Tensor:
     """Tell a layer that the backward pass has come to it, with ``dy``. ``share`` comes out as it went in."""
     norm: Any = _modules[layer]

@@ -12,13 +12,13 @@ import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from mmcv.cnn.bricks.wrappers import Conv2d as MMCVConv2d
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.hooks import RemovableHandle
+
+from .old_torch import is_compiling, outside_graphs, register_hook_on_all
 
 
 class ConvCall(NamedTuple):
@@ -64,12 +64,13 @@ class _Traced:
 _traced = _Traced()
 
 
+@outside_graphs
 def remember_call(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
     """Forward hook: remember this call, if ``module`` is a convolution."""
     if not isinstance(module, _ConvNd):
         return
     input = args[0] if args else kwargs['input']
-    if torch.compiler.is_compiling():
+    if is_compiling():
         _traced.call = module, input, output
     elif not output.is_inference():
         _last.call = _Remembered(module, input, weakref.ref(output), output._version)
@@ -81,7 +82,7 @@ def take_call(output: Tensor) -> tuple[_ConvNd, Tensor] | None:
     Returns:
         None where the last call was another one, was not remembered, or ``output`` has been modified in place.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         traced, _traced.call = _traced.call, None
         return None if traced is None or traced[2] is not output else traced[:2]
     call: _Remembered | None = getattr(_last, 'call', None)
@@ -144,7 +145,7 @@ class ConvFinder:
             LookupError: No convolution has just returned ``output``.
         """
         taken = take_call(output)
-        if torch.compiler.is_compiling() and taken is not None:
+        if is_compiling() and taken is not None:
             return taken  # for the graph, once and for all
         if taken is None:
             if self in _watch:
@@ -178,7 +179,7 @@ class _Watch:
     def add(self, finder: ConvFinder) -> None:
         self._finders.add(finder)
         if self._handle is None:
-            self._handle = register_module_forward_hook(self._remember_call, with_kwargs=True)
+            self._handle = register_hook_on_all(self._remember_call)
 
     def discard(self, finder: ConvFinder) -> None:
         self._finders.discard(finder)
@@ -190,7 +191,7 @@ class _Watch:
             self._handle = None
 
     def _remember_call(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        if not torch.compiler.is_compiling():
+        if not is_compiling():
             self._end_if_idle()  # the last finder may have been deleted
         remember_call(module, args, kwargs, output)
 

@@ -9,20 +9,20 @@ import re
 
 # Import name: (first supported version, first version no longer supported).
 SUPPORTED = {
-    'torch': ('2.6', '3'),
+    'torch': ('2.1', '3'),
     'mmengine': ('0.10', '1'),
     'mmcv': ('2.1', '3'),
     'mmdet': ('3.3', '4'),
 }
 
 
-def _release(version: str) -> tuple[int, ...]:
+def release(version: str) -> tuple[int, ...]:
     """The leading numbers of a version: ``'2.13.0+cpu'`` gives ``(2, 13, 0)``, ``'3.0.0rc1'`` gives ``(3, 0, 0)``."""
     return tuple(int(number) for number in re.match(r'\d+(\.\d+)*', version)[0].split('.'))  # type: ignore[index]
 
 
 def wanted(name: str) -> str:
-    """The supported versions of package ``name`` as a requirement, e.g. ``'torch>=2.6,<3'``."""
+    """The supported versions of package ``name`` as a requirement, e.g. ``'torch>=2.1,<3'``."""
     first, end = SUPPORTED[name]
     return f'{name}>={first},<{end}'
 
@@ -41,7 +41,7 @@ def check_installed() -> None:
         except (ImportError, AssertionError) as error:  # mmdet asserts the versions of mmcv and mmengine on import
             wrong.append(f'{wanted(name)} (importing {name} failed: {error})')
         else:
-            if not _release(first) <= _release(version) < _release(end):
+            if not release(first) <= release(version) < release(end):
                 wrong.append(f'{wanted(name)} (installed: {version})')
     if wrong:
         raise ImportError(

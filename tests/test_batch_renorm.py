@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from mmcv.cnn import build_norm_layer
-from test_device import to_cuda
+from test_device import DEVICE, to_cuda
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
@@ -239,7 +239,7 @@ def test_training_never_waits_for_the_device(momentum, affine, dtype):
     with FakeTensorMode() as mode, torch.no_grad():
         norm, fake = to_cuda(BRN(4, momentum=momentum, affine=affine), mode)
         y = norm(fake(torch.empty(2, 4, 8, 8, dtype=dtype)))
-        assert y.dtype == dtype and y.device.type == 'cuda'
+        assert y.dtype == dtype and y.device.type == DEVICE
 
 
 @pytest.mark.parametrize(

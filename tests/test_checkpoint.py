@@ -1,8 +1,10 @@
 """mmengine's checkpoints load under torch's restricted unpickler, and no checkpoint runs code."""
 
 import pickle
+import tarfile
 import threading
 import zipfile
+from contextlib import nullcontext
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
@@ -13,6 +15,8 @@ from conftest import Net, runner_for
 from mmengine.logging import HistoryBuffer, MessageHub
 from mmengine.runner import CheckpointLoader, load_checkpoint, runner
 from torch import nn
+
+from mmdet_cbn.old_torch import IS_BEFORE_2_6
 
 
 class Evil:
@@ -78,12 +82,14 @@ def test_mmengines_checkpoints_load(tmp_path, checkpoint):
         torch.load(path, weights_only=True)  # outside of mmengine nothing has changed
 
 
-def test_checkpoints_written_under_numpy_1_load(tmp_path):
-    """NumPy 1 called its core ``numpy.core``. No such NumPy is here: rename the module in the pickle."""
+@pytest.mark.parametrize('core', ['core', '_core'])
+def test_checkpoints_written_under_numpy_1_and_2_load(tmp_path, core):
+    """NumPy 1 called its core ``numpy.core``, NumPy 2 calls it ``numpy._core``: rename the module in the pickle."""
     path = tmp_path / 'old.pth'
     data = pickle.dumps(dict(array=np.arange(3.0), scalar=np.float64(2)), protocol=2)
-    assert b'numpy._core.multiarray' in data
-    old = data.replace(b'numpy._core.multiarray', b'numpy.core.multiarray')
+    here = b'numpy._core.multiarray' if b'numpy._core.multiarray' in data else b'numpy.core.multiarray'
+    assert here in data
+    old = data.replace(here, f'numpy.{core}.multiarray'.encode())
     with open(path, 'wb') as file:
         # The format of torch before 1.6: pickles of a magic number, a protocol, the system, the object, its storages.
         for header in (0x1950A86A20F9469CFC6C, 1001, dict(little_endian=True, protocol_version=1001)):
@@ -94,20 +100,69 @@ def test_checkpoints_written_under_numpy_1_load(tmp_path):
     assert loaded['array'].tolist() == [0, 1, 2] and loaded['scalar'] == 2
 
 
+@pytest.mark.parametrize('is_zip', [True, False])
 @pytest.mark.parametrize('evil', [Evil, EvilGetattr])
-def test_no_checkpoint_runs_code(tmp_path, checkpoint, evil, monkeypatch):
+def test_no_checkpoint_runs_code(tmp_path, checkpoint, evil, is_zip, monkeypatch):
     """Whatever the process has declared safe for loads of its own."""
     path, made = tmp_path / 'evil.pth', tmp_path / 'made'
-    torch.save(dict(checkpoint, evil=evil(made)), path)
+    torch.save(dict(checkpoint, evil=evil(made)), path, _use_new_zipfile_serialization=is_zip)
     monkeypatch.setenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '1')
-    with torch.serialization.safe_globals([open, getattr]):
+    with nullcontext() if IS_BEFORE_2_6 else torch.serialization.safe_globals([open, getattr]):
         with pytest.raises(pickle.UnpicklingError, match=r'evil\.pth was not loaded.*(open|getattr)'):
             CheckpointLoader.load_checkpoint(str(path), 'cpu')
-        assert open in torch.serialization.get_safe_globals(), 'what the process has declared holds again'
+        if not IS_BEFORE_2_6:
+            assert open in torch.serialization.get_safe_globals(), 'what the process has declared holds again'
     assert not made.exists()
     if evil is Evil:
         torch.load(path, weights_only=False)
         assert made.exists(), 'the checkpoint was meant to be dangerous'
+
+
+@pytest.mark.parametrize('place', range(5))
+def test_no_part_of_a_checkpoint_of_before_torch_1_6_runs_code(tmp_path, place):
+    """It is pickles of a magic number, a protocol, the system, the object and the names of its storages."""
+    path, made = tmp_path / 'evil.pth', tmp_path / 'made'
+    parts = [0x1950A86A20F9469CFC6C, 1001, dict(little_endian=True, protocol_version=1001), {}, []]
+    parts[place] = Evil(made)
+    path.write_bytes(b''.join(pickle.dumps(part, protocol=2) for part in parts))
+    with pytest.raises(pickle.UnpicklingError, match=r'evil\.pth was not loaded'):
+        CheckpointLoader.load_checkpoint(str(path), 'cpu')
+    assert not made.exists()
+
+
+def test_no_module_is_loaded_with_its_source(tmp_path):
+    """torch looks where the source of a module is, and may write a patch there."""
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, value):
+            return ('module', None, 'file.py', 'source') if value == 'module' else None
+
+    path = tmp_path / 'module.pth'
+    with open(path, 'wb') as file:
+        for part in (0x1950A86A20F9469CFC6C, 1001, {}):
+            pickle.dump(part, file, protocol=2)
+        Pickler(file, protocol=2).dump(dict(state_dict='module'))
+        pickle.dump([], file, protocol=2)
+    with pytest.raises(pickle.UnpicklingError, match=r'module\.pth was not loaded'):
+        CheckpointLoader.load_checkpoint(str(path), 'cpu')
+
+
+def test_a_program_is_not_loaded(tmp_path):
+    path = tmp_path / 'program.pth'
+    torch.jit.script(nn.Linear(2, 2)).save(path)
+    with pytest.raises(RuntimeError, match=r'program\.pth could not be loaded: .*TorchScript'):
+        CheckpointLoader.load_checkpoint(str(path), 'cpu')
+
+
+def test_a_tar_archive_is_not_loaded(tmp_path):
+    """torch 0.1 wrote one, and torch takes it apart on the disk."""
+    path = tmp_path / 'tar.pth'
+    with tarfile.open(path, 'w') as archive:
+        for name in ('storages', 'tensors', 'pickle'):
+            (tmp_path / name).write_bytes(pickle.dumps({} if name == 'pickle' else 0, protocol=2) + pickle.dumps([]))
+            archive.add(tmp_path / name, name)
+    with pytest.raises(RuntimeError, match=r'tar\.pth could not be loaded: .*tar'):
+        CheckpointLoader.load_checkpoint(str(path), 'cpu')
 
 
 def test_no_checkpoint_from_a_url_runs_code(tmp_path, checkpoint, monkeypatch):
@@ -162,12 +217,21 @@ def test_weights_marked_as_a_folder_are_refused(tmp_path, checkpoint):
 
 
 def test_checkpoints_without_check_sums_load(tmp_path, checkpoint):
+    """As torch >= 2.6 writes them if told so, and any torch reads them."""
     path = tmp_path / 'fast.pth'
-    torch.serialization.set_crc32_options(False)
-    try:
-        torch.save(checkpoint, path)
-    finally:
-        torch.serialization.set_crc32_options(True)
+    torch.save(checkpoint, path)
+    data = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        sums = {entry.CRC.to_bytes(4, 'little') for entry in archive.infolist()}
+        place = archive.start_dir
+    for entry in sums:
+        # In the directory at the end, which is what is read.
+        at = place
+        while (at := data.find(entry, at)) >= 0:
+            data[at : at + 4] = bytes(4)
+    path.write_bytes(data)
+    with zipfile.ZipFile(path) as archive:
+        assert not any(entry.CRC for entry in archive.infolist())
     loaded = CheckpointLoader.load_checkpoint(str(path), 'cpu')
     assert torch.equal(loaded['state_dict']['0.weight'], checkpoint['state_dict']['0.weight'])
 

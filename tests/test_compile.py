@@ -1,4 +1,8 @@
-"""Under torch.compile a layer trains as without it, in one graph with the rest of the model."""
+"""Under torch.compile a layer trains as without it, in one graph with the rest of the model.
+
+With torch < 2.6 graphs end before the layer. Where its convolution is in a graph, the layer does not see it. It says so,
+unless one step without torch.compile came before.
+"""
 
 import copy
 import gc
@@ -11,9 +15,13 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from mmdet_cbn import CBN
+from mmdet_cbn.batch_renorm import BRN
 from mmdet_cbn.convolution import _watch
+from mmdet_cbn.old_torch import IS_BEFORE_2_6
 
-KINDS = pytest.mark.parametrize('kind', [dict(), dict(order=0), dict(order=2), dict(samples=20)], ids=str)
+BREAKS_NO_GRAPH = not IS_BEFORE_2_6
+COMPENSATED = [dict(), dict(order=2), dict(samples=20)]
+KINDS = pytest.mark.parametrize('kind', [dict(order=0), *COMPENSATED], ids=str)
 BACKENDS = pytest.mark.parametrize('backend', ['aot_eager', 'inductor'])
 
 
@@ -23,6 +31,18 @@ def _forget_graphs():
     # A graph is of a model with a certain number of hooks: those that models of other tests have left go now.
     gc.collect()
     _watch._end_if_idle()
+
+
+class Level(nn.Module):
+    """One convolution, in one graph with what comes after it."""
+
+    def __init__(self, **kind):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.norm = CBN(4, window_size=3, **kind)
+
+    def forward(self, x):
+        return self.norm(self.conv(x)).square().mean()
 
 
 class Head(nn.Module):
@@ -68,19 +88,59 @@ def test_training_is_as_without_it_and_breaks_no_graph(kind, backend):
     model = Head(**kind)
     twin = copy.deepcopy(model)
     counter = CompileCounterWithBackend(backend)
-    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    compiled = torch.compile(model, fullgraph=BREAKS_NO_GRAPH, backend=counter)
     model.norm.burn_in = twin.norm.burn_in = True
     train_side_by_side(model, compiled, twin, images(2, 8, 4, 2))
     model.norm.burn_in = twin.norm.burn_in = False
     train_side_by_side(model, compiled, twin, images(6, 8, 4, 2), accumulate=2)
-    assert counter.frame_count == 2, 'one graph for burn-in and one for all windows after it'
+    if BREAKS_NO_GRAPH:
+        assert counter.frame_count == 2, 'one graph for burn-in and one for all windows after it'
     for norm in (model.norm, twin.norm):
         assert norm.window_length == 3 and [len(window) for window in norm._windows] == [2, 2, 2]
 
 
-def test_forwards_without_gradients_count_as_iterations():
+@pytest.mark.parametrize('kind', COMPENSATED, ids=str)
+def test_a_layer_that_cannot_see_its_convolution_says_so(kind):
+    """torch < 2.6 shows it no convolution in a graph."""
+    compiled = torch.compile(Level(**kind), backend='aot_eager')
+    ((x,),) = images(1, 8)
+    if IS_BEFORE_2_6:
+        with pytest.raises(RuntimeError, match=r"CBN layer '.*norm' .*Under torch\.compile .* torch >= 2\.6"):
+            compiled(x)
+    else:
+        compiled(x).backward()
+
+
+def test_brn_trains_as_without_it():
     model = Head()
-    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
+    model.norm = BRN(4, r_steps=(0, 3), d_steps=(0, 3))
+    twin = copy.deepcopy(model)
+    train_side_by_side(model, torch.compile(model, backend='aot_eager'), twin, images(5, 8))
+
+
+@KINDS
+def test_training_goes_on_after_evaluation(kind):
+    model = Level(**kind)
+    twin = copy.deepcopy(model)
+    inputs = [x for (x,) in images(4, 8)]
+    # By this step layers learn of their convolutions: torch < 2.6 needs it.
+    for net in (model, twin):
+        net(inputs[0]).backward()
+        net.zero_grad()
+    compiled = torch.compile(model, backend='aot_eager')
+    for _ in range(3):
+        train_side_by_side(model, compiled, twin, inputs)
+        model.eval()
+        twin.eval()
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(inputs[0]), twin(inputs[0]))
+        model.train()
+        twin.train()
+
+
+def test_forwards_without_gradients_count_as_iterations():
+    model = Head(order=0)
+    compiled = torch.compile(model, fullgraph=BREAKS_NO_GRAPH, backend='aot_eager')
     with torch.no_grad():
         for xs in images(4, 8):
             compiled(xs)
@@ -91,7 +151,7 @@ def test_forwards_without_gradients_count_as_iterations():
 def test_mmdets_resnet_trains_as_without_it(with_cp):
     """Where a block is checkpointed, graphs may break, but the numbers stay."""
     torch.manual_seed(0)
-    norm_cfg = dict(type='CBN', window_size=3)
+    norm_cfg = dict(type='CBN', window_size=3, order=0 if IS_BEFORE_2_6 else 1)
     model = ResNet(18, base_channels=4, num_stages=2, strides=(1, 2), dilations=(1, 1), out_indices=(0, 1),
                    norm_cfg=norm_cfg, norm_eval=False, with_cp=with_cp)  # fmt: skip
     model.init_weights()
@@ -99,7 +159,7 @@ def test_mmdets_resnet_trains_as_without_it(with_cp):
     model.train()
     twin.train()
 
-    compiled = torch.compile(model, fullgraph=not with_cp, backend='aot_eager')
+    compiled = torch.compile(model, fullgraph=BREAKS_NO_GRAPH and not with_cp, backend='aot_eager')
     xs = torch.randn(5, 2, 3, 32, 40, generator=torch.Generator().manual_seed(1))
     train_side_by_side(model, compiled, twin, xs, loss_of=lambda ys: sum(y.square().mean() for y in ys))
     assert {m.window_length for m in model.modules() if isinstance(m, CBN)} == {3}
@@ -123,7 +183,8 @@ def test_mmengine_compiles_it(tmp_path):
     for compile in (True, False):
         torch.manual_seed(0)
         hook = dict(type='CBNBurnInHook', burn_in_epochs=1)
-        runner = runner_for(tmp_path / str(compile), Net(), hook, epochs=3, cfg=dict(compile=compile))
+        model = Net(CBN(4, window_size=3, order=0 if IS_BEFORE_2_6 else 1))
+        runner = runner_for(tmp_path / str(compile), model, hook, epochs=3, cfg=dict(compile=compile))
         runner.train()
         scalars = runner.message_hub.log_scalars
         assert scalars['train/cbn_window'].data[0].tolist() == [1] * 5 + [2] + [3] * 6

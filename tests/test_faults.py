@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import Net, runner_for
 from mmengine.fileio import LocalBackend
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 from mmdet_cbn import CBN
 from mmdet_cbn.checkpoint import find_latest_checkpoint
@@ -86,7 +86,7 @@ def assert_they_end_alike(undisturbed, killed, epochs):
         assert exit_code(start(folder, epochs)) == 0, end_of_log(folder)
     ends = [torch.load(folder / f'epoch_{epochs}.pth', weights_only=False) for folder in (undisturbed, killed)]
     for key in ('state_dict', 'optimizer'):
-        leaves = [[leaf for leaf in tree_leaves(end[key]) if isinstance(leaf, torch.Tensor)] for end in ends]
+        leaves = [[leaf for leaf in tree_flatten(end[key])[0] if isinstance(leaf, torch.Tensor)] for end in ends]
         assert leaves[0] and all(torch.equal(*pair) for pair in zip(*leaves, strict=True)), key
 
 

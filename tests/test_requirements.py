@@ -26,6 +26,13 @@ def test_an_unsupported_version_names_the_supported_ones(monkeypatch, version):
         requirements.check_installed()
 
 
+@pytest.mark.parametrize('version', ['2.0.1', '3.0.0'])
+def test_an_unsupported_torch_is_named(monkeypatch, version):
+    monkeypatch.setattr(importlib.import_module('torch'), '__version__', version)
+    with pytest.raises(ImportError, match=rf'needs torch>=2\.1,<3 \(installed: {version}\)'):
+        requirements.check_installed()
+
+
 def test_everything_that_is_missing_is_named_at_once():
     code = """
 import sys

@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # Builds .venv with everything that training, testing and developing need, at the versions of requirements.txt and
-# requirements-openmmlab.txt; called with the argument onedl, .venv-onedl, which has the maintained forks of
-# requirements-onedl.txt instead of OpenMMLab's own packages.
+# requirements-openmmlab.txt. With the argument onedl it builds .venv-onedl, which has the maintained forks of
+# requirements-onedl.txt instead of OpenMMLab's own packages. With the argument torch21 it builds .venv-torch21, which has
+# the oldest torch that is supported, of requirements-torch21.txt.
 # Idempotent: a finished environment is recognised at once, a broken-off one is continued.
 #
 #   PYTHON           the interpreter to build it with (default python3.11)
 #   TORCH_INDEX_URL  where to take torch from, if not from pip's own index: the URL that PyTorch's install page gives
 #                    for a CPU-only build or for another CUDA version
+#   FORCE_CUDA=1     compile mmcv's operators for the GPU where torch sees none
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -15,7 +17,8 @@ STACK=${1:-openmmlab}
 case $STACK in
     openmmlab) TARGET=env VENV=.venv MMCV=mmcv ;;
     onedl) TARGET=env-onedl VENV=.venv-onedl MMCV=onedl-mmcv ;;
-    *) echo "usage: $0 [openmmlab|onedl]" >&2 && exit 2 ;;
+    torch21) TARGET=env-torch21 VENV=.venv-torch21 MMCV=mmcv ;;
+    *) echo "usage: $0 [openmmlab|onedl|torch21]" >&2 && exit 2 ;;
 esac
 PINS=(requirements.txt "requirements-$STACK.txt")
 LOG=$VENV/mmcv-build.log
@@ -40,6 +43,9 @@ pinned() { # the pins of the named packages
 command -v "$PYTHON" >/dev/null || fail "no $PYTHON here; name an interpreter, as in: make $TARGET PYTHON=python3"
 "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
     fail "$PYTHON is older than 3.11, the oldest Python that the pinned packages have"
+[ $STACK != torch21 ] || "$PYTHON" -c 'import sys; sys.exit(sys.version_info >= (3, 12))' ||
+    fail "$PYTHON is newer than 3.11, the newest Python that torch 2.1 has. The pinned packages have none older, so it is
+3.11 that is needed, as in: make $TARGET PYTHON=python3.11"
 "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null ||
     fail "$PYTHON cannot make virtual environments; on Debian and Ubuntu: apt-get install $(basename "$PYTHON")-venv"
 
@@ -80,10 +86,13 @@ A C++ compiler and Python's headers are needed; on Debian and Ubuntu:
 }
 if ! has_operators; then
     echo "make $TARGET: installing $MMCV (10 to 20 minutes on two cores where it has to be compiled; log: $LOG)"
-    build_mmcv
+    # Said now, not by the first operator that a training on a GPU calls.
+    only_wheel=
+    $VENV/bin/python tools/mmcv_operators.py "$TARGET" || only_wheel="--only-binary $MMCV"
+    build_mmcv $only_wheel
     $VENV/bin/python -c 'import cv2' || fail "OpenCV does not load; on Debian and Ubuntu: apt-get install libgl1 libglib2.0-0"
     # pip may have kept a wheel that was once built without operators, or against another torch.
-    has_operators || build_mmcv --no-cache-dir --no-binary $MMCV --force-reinstall --no-deps
+    has_operators || [ -n "$only_wheel" ] || build_mmcv --no-cache-dir --no-binary $MMCV --force-reinstall --no-deps
 fi
 
 echo "make $TARGET: installing mmdet and the rest"

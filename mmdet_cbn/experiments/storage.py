@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 
 class StorageCounter(TorchDispatchMode):
@@ -24,7 +24,7 @@ class StorageCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
         # Arguments too: what numpy or the extensions of mmcv have made comes out of no operation that is seen here.
-        for tensor in (leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)):
+        for tensor in (leaf for leaf in tree_flatten((args, kwargs, out))[0] if isinstance(leaf, Tensor)):
             storage = tensor.untyped_storage()
             if storage._cdata not in self._sizes:
                 weakref.finalize(storage, self._forget, storage._cdata).atexit = False
