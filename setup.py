@@ -4,7 +4,8 @@ from runpy import run_path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-wanted = run_path(str(ROOT / 'mmdet_cbn' / 'requirements.py'))['wanted']
+requirements = run_path(str(ROOT / 'mmdet_cbn' / 'requirements.py'))
+wanted = requirements['wanted']
 
 setup(
     name='mmdet-cbn',
@@ -17,11 +18,12 @@ setup(
     packages=find_packages(include=['mmdet_cbn', 'mmdet_cbn.*']),
     package_data={'mmdet_cbn': ['py.typed', '.mim/model-index.yml', '.mim/configs/*/*', '.mim/tools/*']},
     python_requires='>=3.10',
-    # torch and mmcv (which is compiled against torch) are the user's to choose: torch stands nowhere here, and mmcv
-    # only in the extras, so that neither is ever replaced by an install of this package alone. import checks both.
-    # torchvision stands nowhere: each version pins its torch, so pip would take the newest, and replace the torch.
+    # torch and mmcv (which is compiled against torch) are the user's to choose: they stand only in the extras, so that
+    # neither is ever replaced by an install of this package alone. import checks both.
     install_requires=['numpy', 'pycocotools'],
     extras_require={
+        # An extra of its own: each torchvision pins its torch, so pip would replace the torch that is there.
+        'torch': requirements['TORCH_AND_TORCHVISION'],
         # mmdet 3.3.0 refuses mmcv 2.2.
         'openmmlab': [wanted('mmengine'), wanted('mmcv') + ',<2.2', wanted('mmdet')],
         # The maintained forks: other distributions with the same import names.

@@ -19,9 +19,9 @@ Function = TypeVar('Function', bound=Callable)
 IS_BEFORE_2_6 = release(torch.__version__) < (2, 6)
 
 if not IS_BEFORE_2_6:
-    custom_op = torch.library.custom_op
+    custom_op: Callable = torch.library.custom_op
     is_compiling = torch.compiler.is_compiling
-    is_autocast_enabled = torch.is_autocast_enabled
+    is_autocast_enabled: Callable = torch.is_autocast_enabled
 
     def outside_graphs(function: Function) -> Function:
         """``function`` itself: what it does can be part of the graph that ``torch.compile`` makes."""

@@ -68,7 +68,10 @@ class _Instructions(dict):
         raise pickle.UnpicklingError(f'Trying to load by the instruction {code}')
 
 
-class Unpickler(pickle._Unpickler):
+_Unpickler: Any = pickle._Unpickler  # the type stubs of Python tell little of it
+
+
+class Unpickler(_Unpickler):
     """As ``pickle.Unpickler``, restricted."""
 
     def find_class(self, module: str, name: str) -> Any:
@@ -133,7 +136,7 @@ class Unpickler(pickle._Unpickler):
 
     dispatch = _Instructions(
         {
-            **{getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]] for name in _HARMLESS},
+            **{getattr(pickle, name)[0]: _Unpickler.dispatch[getattr(pickle, name)[0]] for name in _HARMLESS},
             pickle.REDUCE[0]: _reduce,
             pickle.NEWOBJ[0]: _newobj,
             pickle.BUILD[0]: _build,

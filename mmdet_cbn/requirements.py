@@ -15,6 +15,9 @@ SUPPORTED = {
     'mmdet': ('3.3', '4'),
 }
 
+# They go in pairs. This is the one of requirements-openmmlab.txt, with which the tests are run.
+TORCH_AND_TORCHVISION = ['torch==2.13.0', 'torchvision==0.28.0']
+
 
 def release(version: str) -> tuple[int, ...]:
     """The leading numbers of a version: ``'2.13.0+cpu'`` gives ``(2, 13, 0)``, ``'3.0.0rc1'`` gives ``(3, 0, 0)``."""

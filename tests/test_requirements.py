@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from conftest import ROOT
 
 from mmdet_cbn import requirements
 
@@ -31,6 +32,11 @@ def test_an_unsupported_torch_is_named(monkeypatch, version):
     monkeypatch.setattr(importlib.import_module('torch'), '__version__', version)
     with pytest.raises(ImportError, match=rf'needs torch>=2\.1,<3 \(installed: {version}\)'):
         requirements.check_installed()
+
+
+def test_the_extra_has_the_torch_of_the_tests():
+    pins = (ROOT / 'requirements-openmmlab.txt').read_text().split()
+    assert set(requirements.TORCH_AND_TORCHVISION) <= set(pins)
 
 
 def test_everything_that_is_missing_is_named_at_once():
