@@ -19,7 +19,7 @@ from .conversion import active_norms, become, under
 from .convolution import ConvCall, ConvFinder, unsupported_because
 from .errors import refuse_data_parallel, title_of
 from .normalization import WindowNorm, runs_again
-from .old_torch import IS_BEFORE_2_6, is_autocast_enabled, is_compiling, outside_graphs
+from .old_torch import IS_BEFORE_2_8, is_autocast_enabled, is_compiling, outside_graphs
 from .statistics import (
     CompensatedStatistics,
     NaiveStatistics,
@@ -53,10 +53,10 @@ _REMEDY = (
     "Use order=0 (Naive CBN), which needs no convolution, or type='BN', in the norm_cfg of this layer; "
     'or call the layer as norm(conv(x)) with a torch.nn.Conv2d.'
 )
-if IS_BEFORE_2_6:
+if IS_BEFORE_2_8:
     _REMEDY += (
         ' Under torch.compile the layer does not see the call: train one step without torch.compile before, or use '
-        'torch >= 2.6.'
+        'torch >= 2.8.'
     )
 
 
@@ -118,7 +118,7 @@ class CBN(nn.BatchNorm2d):
         RuntimeError: In training, an input of another number of channels; in ``torch.nn.DataParallel``, whose replicas
             cannot keep a window; in a checkpointed block, if it cannot be known which of several calls runs again; in
             the first training forward with ``order`` 1 or 2, if no supported convolution feeds the layer, or if
-            torch < 2.6 compiles it; in training with ``window_size='auto'``, if nothing has put in a number; in
+            torch < 2.8 compiles it; in training with ``window_size='auto'``, if nothing has put in a number; in
             training under ``torch.export``.
     """
 

@@ -2,7 +2,7 @@
 
 So a training step has no graph break on its account, and needs no new graph when the window fills or turns. Which
 convolution feeds a layer is settled while the graph is made, and the normalization itself, forward and backward, is
-compiled. With torch < 2.6 a training forward of the layer is no part of a graph, and nothing here is called.
+compiled. With torch < 2.8 a training forward of the layer is no part of a graph, and nothing here is called.
 """
 
 from itertools import count

@@ -1,6 +1,6 @@
-"""What torch 2.1 to 2.5 lack, each thing with the version that brought it: what here is older than ours can be deleted.
+"""What torch 2.1 to 2.7 lack, each thing with the version that brought it: what here is older than ours can be deleted.
 
-The restricted unpickler of these versions is in :mod:`mmdet_cbn.old_unpickler`.
+The restricted unpickler of torch 2.1 to 2.5 is in :mod:`mmdet_cbn.old_unpickler`.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,22 +14,21 @@ from .requirements import release
 
 Function = TypeVar('Function', bound=Callable)
 
-#: The restricted unpickler can be told further types, an operator for the compiler can have tags, and a hook on the
-#: calls of all modules gets keyword arguments.
-IS_BEFORE_2_6 = release(torch.__version__) < (2, 6)
+_TORCH = release(torch.__version__)
+#: The restricted unpickler cannot be told of further types, and a hook on the calls of all modules gets no keyword
+#: arguments.
+IS_BEFORE_2_6 = _TORCH < (2, 6)
+#: An operator for the compiler has no tags, so a CUDA graph would repeat what the window did in one step. No operator is
+#: made then, and layers that train stay out of graphs.
+IS_BEFORE_2_8 = _TORCH < (2, 8)
 
-if not IS_BEFORE_2_6:
+if not IS_BEFORE_2_8:
     custom_op: Callable = torch.library.custom_op
     is_compiling = torch.compiler.is_compiling
-    is_autocast_enabled: Callable = torch.is_autocast_enabled
 
     def outside_graphs(function: Function) -> Function:
         """``function`` itself: what it does can be part of the graph that ``torch.compile`` makes."""
         return function
-
-    def register_hook_on_all(hook: Callable) -> RemovableHandle:
-        """Have ``hook(module, args, kwargs, output)`` called after each forward of any module."""
-        return register_module_forward_hook(hook, with_kwargs=True)
 
 else:
 
@@ -46,22 +45,29 @@ else:
         """False, since :func:`outside_graphs` keeps all that asks out of graphs. torch >= 2.3 has its own."""
         return False
 
-    def is_autocast_enabled(device_type: str) -> bool:
-        """As torch >= 2.4 has it."""
-        name = 'is_autocast_enabled' if device_type == 'cuda' else f'is_autocast_{device_type}_enabled'
-        return getattr(torch, name, bool)()
-
     def outside_graphs(function: Function) -> Function:
         """``function``, which ``torch.compile`` leaves as it is: a graph ends before it and another begins after it."""
         return torch.compiler.disable(function)
 
-    def register_hook_on_all(hook: Callable) -> RemovableHandle:
-        """Have ``hook(module, args, kwargs, output)`` called after each forward of any module, with empty ``kwargs``.
 
-        These versions do not tell the keyword arguments. ``hook`` is not called where there are no others.
-        """
+def is_autocast_enabled(device_type: str) -> bool:
+    """Whether autocast is on for a type of device. torch >= 2.4 has it."""
+    if _TORCH >= (2, 4):
+        return torch.is_autocast_enabled(device_type)
+    name = 'is_autocast_enabled' if device_type == 'cuda' else f'is_autocast_{device_type}_enabled'
+    return getattr(torch, name, bool)()
 
-        def without_keywords(module: Any, args: tuple, output: Any) -> Any:
-            return hook(module, args, {}, output) if args else None
 
-        return register_module_forward_hook(outside_graphs(without_keywords))
+def register_hook_on_all(hook: Callable) -> RemovableHandle:
+    """Have ``hook(module, args, kwargs, output)`` called after each forward of any module.
+
+    torch < 2.6 does not tell the keyword arguments: there ``kwargs`` is empty, and ``hook`` is not called where there
+    are no other arguments.
+    """
+    if not IS_BEFORE_2_6:
+        return register_module_forward_hook(outside_graphs(hook), with_kwargs=True)
+
+    def without_keywords(module: Any, args: tuple, output: Any) -> Any:
+        return hook(module, args, {}, output) if args else None
+
+    return register_module_forward_hook(outside_graphs(without_keywords))

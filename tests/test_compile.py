@@ -1,6 +1,6 @@
 """Under torch.compile a layer trains as without it, in one graph with the rest of the model.
 
-With torch < 2.6 graphs end before the layer. Where its convolution is in a graph, the layer does not see it. It says
+With torch < 2.8 graphs end before the layer. Where its convolution is in a graph, the layer does not see it. It says
 so, unless one step without torch.compile came before.
 """
 
@@ -17,9 +17,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from mmdet_cbn import CBN
 from mmdet_cbn.batch_renorm import BRN
 from mmdet_cbn.convolution import _watch
-from mmdet_cbn.old_torch import IS_BEFORE_2_6
+from mmdet_cbn.old_torch import IS_BEFORE_2_8
 
-BREAKS_NO_GRAPH = not IS_BEFORE_2_6
+BREAKS_NO_GRAPH = not IS_BEFORE_2_8
 COMPENSATED = [dict(), dict(order=2), dict(samples=20)]
 KINDS = pytest.mark.parametrize('kind', [dict(order=0), *COMPENSATED], ids=str)
 BACKENDS = pytest.mark.parametrize('backend', ['aot_eager', 'inductor'])
@@ -101,10 +101,10 @@ def test_training_is_as_without_it_and_breaks_no_graph(kind, backend):
 
 @pytest.mark.parametrize('kind', COMPENSATED, ids=str)
 def test_a_layer_that_cannot_see_its_convolution_says_so(kind):
-    """torch < 2.6 shows it no convolution in a graph."""
+    """torch < 2.8 shows it no convolution in a graph."""
     compiled = torch.compile(Level(**kind), backend='aot_eager')
     ((x,),) = images(1, 8)
-    if IS_BEFORE_2_6:
+    if IS_BEFORE_2_8:
         with pytest.raises(RuntimeError, match=r"CBN layer '.*norm' .*Under torch\.compile .* torch >= 2\.6"):
             compiled(x)
     else:
@@ -123,7 +123,7 @@ def test_training_goes_on_after_evaluation(kind):
     model = Level(**kind)
     twin = copy.deepcopy(model)
     inputs = [x for (x,) in images(4, 8)]
-    # By this step layers learn of their convolutions: torch < 2.6 needs it.
+    # By this step layers learn of their convolutions: torch < 2.8 needs it.
     for net in (model, twin):
         net(inputs[0]).backward()
         net.zero_grad()
@@ -151,7 +151,7 @@ def test_forwards_without_gradients_count_as_iterations():
 def test_mmdets_resnet_trains_as_without_it(with_cp):
     """Where a block is checkpointed, graphs may break, but the numbers stay."""
     torch.manual_seed(0)
-    norm_cfg = dict(type='CBN', window_size=3, order=0 if IS_BEFORE_2_6 else 1)
+    norm_cfg = dict(type='CBN', window_size=3, order=0 if IS_BEFORE_2_8 else 1)
     model = ResNet(18, base_channels=4, num_stages=2, strides=(1, 2), dilations=(1, 1), out_indices=(0, 1),
                    norm_cfg=norm_cfg, norm_eval=False, with_cp=with_cp)  # fmt: skip
     model.init_weights()
@@ -183,7 +183,7 @@ def test_mmengine_compiles_it(tmp_path):
     for compile in (True, False):
         torch.manual_seed(0)
         hook = dict(type='CBNBurnInHook', burn_in_epochs=1)
-        model = Net(CBN(4, window_size=3, order=0 if IS_BEFORE_2_6 else 1))
+        model = Net(CBN(4, window_size=3, order=0 if IS_BEFORE_2_8 else 1))
         runner = runner_for(tmp_path / str(compile), model, hook, epochs=3, cfg=dict(compile=compile))
         runner.train()
         scalars = runner.message_hub.log_scalars
