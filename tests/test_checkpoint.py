@@ -135,13 +135,13 @@ def test_no_module_is_loaded_with_its_source(tmp_path):
 
     class Pickler(pickle.Pickler):
         def persistent_id(self, value):
-            return ('module', None, 'file.py', 'source') if value == 'module' else None
+            return ('module', None, 'file.py', 'source') if value == 'here' else None
 
     path = tmp_path / 'module.pth'
     with open(path, 'wb') as file:
         for part in (0x1950A86A20F9469CFC6C, 1001, {}):
             pickle.dump(part, file, protocol=2)
-        Pickler(file, protocol=2).dump(dict(state_dict='module'))
+        Pickler(file, protocol=2).dump(dict(state_dict='here'))
         pickle.dump([], file, protocol=2)
     with pytest.raises(pickle.UnpicklingError, match=r'module\.pth was not loaded'):
         CheckpointLoader.load_checkpoint(str(path), 'cpu')

@@ -1,7 +1,7 @@
 """Under torch.compile a layer trains as without it, in one graph with the rest of the model.
 
-With torch < 2.8 graphs end before the layer. Where its convolution is in a graph, the layer does not see it. It says
-so, unless one step without torch.compile came before.
+With torch < 2.8 graphs end before the layer. It does not see a convolution that is in a graph. It says so then,
+unless one step without torch.compile came before.
 """
 
 import copy
