@@ -18,8 +18,8 @@ _TORCH = release(torch.__version__)
 #: The restricted unpickler cannot be told of further types, and a hook on the calls of all modules gets no keyword
 #: arguments.
 IS_BEFORE_2_6 = _TORCH < (2, 6)
-#: An operator for the compiler has no tags, so a CUDA graph would repeat what the window did in one step. No operator is
-#: made then, and layers that train stay out of graphs.
+#: An operator for the compiler has no tags, so a CUDA graph would repeat what the window did in one step. Therefore no
+#: operator is made, and layers that train stay out of graphs.
 IS_BEFORE_2_8 = _TORCH < (2, 8)
 
 if not IS_BEFORE_2_8:
