@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from . import compiled
 from .calls import Call
+from .old_torch import IS_BEFORE_2_6
 
 _backward = torch.ops.aten.native_batch_norm_backward
 
@@ -70,6 +71,9 @@ class WindowNorm(torch.autograd.Function):
         else:
             ctx.call.go_back()
         need_x, need_weight, need_bias, need_conv_bias = ctx.needs_input_grad[:4]
+        dtype = x.dtype
+        if IS_BEFORE_2_6 and x.is_cpu:  # torch 2.1 has no kernel for a bfloat16 x with a float32 gamma on the CPU
+            x, dy = x.to(mean.dtype), dy.to(mean.dtype)
         if gamma is None:
             gamma = torch.ones_like(share)
         invstd = (var + ctx.eps).rsqrt()
@@ -80,6 +84,8 @@ class WindowNorm(torch.autograd.Function):
             dx.addcmul_(dy, ((gamma - own) * invstd).view(-1, 1, 1))
         # x depends on b, so dx is there where the gradient of b is asked for.
         dconv_bias = -dx.sum(dim=(0, 2, 3), dtype=mean.dtype) if need_conv_bias else None
+        if need_x:
+            dx = dx.to(dtype)
         return dx, dweight if need_weight else None, dbias if need_bias else None, dconv_bias, *[None] * 5
 
 
