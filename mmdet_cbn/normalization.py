@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from . import compiled
 from .calls import Call
-from .old_torch import IS_BEFORE_2_6
+from .old_torch import IS_BEFORE_2_6, outside_graphs
 
 _backward = torch.ops.aten.native_batch_norm_backward
 
@@ -63,6 +63,7 @@ class WindowNorm(torch.autograd.Function):
         return F.batch_norm(x, mean, var, gamma, beta, training=False, eps=eps)
 
     @staticmethod
+    @outside_graphs
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, gamma, mean, var, share = ctx.saved_tensors

@@ -36,7 +36,7 @@ class Net(BaseModel):
         return dict(loss=y.square().sum() + y.sum())
 
 
-def runner_for(tmp_path, model, hook, epochs=4, batch_size=1, train_cfg=None, **kwargs):
+def runner_for(tmp_path, model, hook, epochs=4, batch_size=1, train_cfg=None, momentum=0.9, **kwargs):
     """A Runner that trains ``model`` on four images, which are four iterations an epoch. ``hook`` may be several."""
     generator = torch.Generator().manual_seed(0)
     images = [dict(inputs=torch.randn(3, 6, 6, generator=generator)) for _ in range(4)]
@@ -50,7 +50,7 @@ def runner_for(tmp_path, model, hook, epochs=4, batch_size=1, train_cfg=None, **
             collate_fn=dict(type='pseudo_collate'),
         ),
         train_cfg=train_cfg or dict(by_epoch=True, max_epochs=epochs),
-        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01, momentum=0.9)),
+        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01, momentum=momentum)),
         default_hooks=dict(logger=dict(type='LoggerHook', interval=1)),
         custom_hooks=hook if isinstance(hook, list) else [hook] if hook else [],
         experiment_name=f'tiny-{next(_runs)}',

@@ -105,7 +105,7 @@ def test_a_layer_that_cannot_see_its_convolution_says_so(kind):
     compiled = torch.compile(Level(**kind), backend='aot_eager')
     ((x,),) = images(1, 8)
     if IS_BEFORE_2_8:
-        with pytest.raises(RuntimeError, match=r"CBN layer '.*norm' .*Under torch\.compile .* torch >= 2\.6"):
+        with pytest.raises(RuntimeError, match=r"CBN layer '.*norm' .*Under torch\.compile .* torch >= 2\.8"):
             compiled(x)
     else:
         compiled(x).backward()
@@ -178,13 +178,13 @@ def test_evaluation_compiles_whole_and_is_as_without_it(backend):
 
 
 def test_mmengine_compiles_it(tmp_path):
-    """``compile=True`` of its config."""
+    """``compile=True`` of its config. mmengine compiles the optimizer, too, and torch 2.1 fails at SGD's momentum."""
     losses = []
     for compile in (True, False):
         torch.manual_seed(0)
         hook = dict(type='CBNBurnInHook', burn_in_epochs=1)
         model = Net(CBN(4, window_size=3, order=0 if IS_BEFORE_2_8 else 1))
-        runner = runner_for(tmp_path / str(compile), model, hook, epochs=3, cfg=dict(compile=compile))
+        runner = runner_for(tmp_path / str(compile), model, hook, epochs=3, momentum=0, cfg=dict(compile=compile))
         runner.train()
         scalars = runner.message_hub.log_scalars
         assert scalars['train/cbn_window'].data[0].tolist() == [1] * 5 + [2] + [3] * 6
