@@ -252,8 +252,8 @@ def check_layer(machine: Machine) -> Iterator[Result]:
     """The layer on the device that trains, beside the float64 oracle. BatchNorm's own deviation is the yardstick."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         name = f'CBN in {str(dtype).removeprefix("torch.")}, {machine.device}'
-        if dtype == torch.bfloat16 and machine.device == 'cuda' and not torch.cuda.is_bf16_supported():
-            yield Result(name, 'not applicable here', 'this GPU has no bfloat16')
+        if dtype != torch.float32 and not has_autocast(machine.device, dtype):
+            yield Result(name, 'not applicable here', f'this torch does not train with it on this {machine.device}')
             continue
         found = {
             f'{kind}, {layout}': deviation(build(), machine.device, dtype, memory_format)
@@ -270,6 +270,13 @@ def check_layer(machine: Machine) -> Iterator[Result]:
             yield Result(name, 'ok', text)
         else:
             yield Result(name, 'NOT OK', text, 'Do not train with CBN here. Please report this table as an issue.')
+
+
+def has_autocast(device: str, dtype: torch.dtype) -> bool:
+    """Whether a GPU has bfloat16, and torch has autocast to ``dtype``: on the CPU to float16 since torch 2.3."""
+    if device == 'cuda' and dtype == torch.bfloat16:
+        return torch.cuda.is_bf16_supported()
+    return device == 'cuda' or dtype == torch.bfloat16 or hasattr(torch.amp, 'GradScaler')
 
 
 def check_waiting(machine: Machine) -> Iterator[Result]:
