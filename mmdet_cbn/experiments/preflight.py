@@ -38,7 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
 from ..cbn import CBN
-from .benchmark import Detector, Settings, make_inputs
+from .benchmark import Detector, Settings, make_inputs, time_in_alternation
 from .oracle import deviation, loss_of
 from .paper import TABLES, Row
 from .reproduction import load
@@ -398,21 +398,15 @@ def check_step(machine: Machine) -> Iterator[Result]:
     num_classes = machine.config.model.roi_head.bbox_head.num_classes
     inputs = make_inputs(batch_size, SIZE, num_classes)
     counter = StorageCounter()
-    seconds: list[float] = []
     with nullcontext() if settings.on_cuda else counter:
         detector = Detector(machine.config, settings, inputs, inputs)
         if settings.on_cuda:
             detector.fill_window()
-        for _ in range(8 if settings.on_cuda else 1):
-            if settings.on_cuda:
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            detector.train_step()
-            if settings.on_cuda:
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
+            (seconds,) = time_in_alternation([detector.train_step], 5, warmup=3, synchronize=torch.cuda.synchronize)
+        else:
+            (seconds,) = time_in_alternation([detector.train_step], 1)
     peak = torch.cuda.max_memory_allocated() if settings.on_cuda else counter.peak
-    step = statistics.median(seconds[-5:])
+    step = statistics.median(seconds)
     found = f'{step:.2f} s, peak memory {peak / 1e9:.1f} GB, with {batch_size} images of {SIZE[0]}x{SIZE[1]}'
     if not settings.on_cuda:
         advice = 'Train it on GPUs.'
