@@ -20,7 +20,7 @@ setup(
     python_requires='>=3.10',
     # torch and mmcv (which is compiled against torch) are the user's to choose: they stand only in the extras, so that
     # neither is ever replaced by an install of this package alone. import checks both.
-    install_requires=['numpy', 'pycocotools'],
+    install_requires=['numpy', 'packaging', 'pycocotools'],
     extras_require={
         # An extra of its own: each torchvision pins its torch, so pip would replace the torch that is there.
         'torch': requirements['TORCH_AND_TORCHVISION'],

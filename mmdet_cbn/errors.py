@@ -9,12 +9,12 @@ from torch import nn
 
 
 @contextmanager
-def naming(file: str | Path, is_what: str) -> Iterator[None]:
-    """Let an error that does not name ``file`` do so.
+def errors_name_file(file: str | Path, problem: str) -> Iterator[None]:
+    """Add the name of ``file`` to an error that does not have it.
 
     Args:
-        file: What is being read, or a folder.
-        is_what: What an error means, to follow the name, as "is no checkpoint".
+        file: The file or folder that is being read.
+        problem: What an error means. It follows the name, e.g. "is not a checkpoint".
 
     Raises:
         RuntimeError: In place of an error that does not name the file.
@@ -24,7 +24,7 @@ def naming(file: str | Path, is_what: str) -> Iterator[None]:
     except Exception as error:
         if str(file) in str(error):
             raise
-        raise RuntimeError(f'{file} {is_what} ({type(error).__name__}: {error})') from error
+        raise RuntimeError(f'{file} {problem} ({type(error).__name__}: {error})') from error
 
 
 def title_of(layer: nn.Module) -> str:
@@ -33,9 +33,9 @@ def title_of(layer: nn.Module) -> str:
 
 
 def qualified_name(layer: nn.Module) -> str:
-    """The name of ``layer`` in the outermost module that is being called, found on the call stack.
+    """The name of ``layer`` in the outermost module that is being called, which the call stack shows.
 
-    A module does not know its own name. Where no module is being called, the name of its type.
+    A module does not know its own name. Outside any call, the name is that of the layer's type.
     """
     name = type(layer).__name__
     frame = sys._getframe()
@@ -48,16 +48,13 @@ def qualified_name(layer: nn.Module) -> str:
 
 
 def refuse_data_parallel(layer: nn.Module) -> None:
-    """Refuse to be replicated by ``torch.nn.DataParallel`` in training.
+    """Raise a RuntimeError if ``torch.nn.DataParallel`` replicates ``layer`` in training.
 
-    Its replicas live for one forward and share what is no tensor, from several threads.
-
-    Raises:
-        RuntimeError: The layer is in training.
+    Replicas live for one forward only. They would share the layer's memory of earlier calls between threads.
     """
     if layer.training:
         raise RuntimeError(
-            f'{title_of(layer)} cannot be trained in torch.nn.DataParallel, because what it remembers of earlier calls '
-            'would be shared by the threads of all GPUs. Use torch.nn.parallel.DistributedDataParallel (in mmdet: '
-            'tools/dist_train.sh), or one GPU.'
+            f'{title_of(layer)} cannot be trained in torch.nn.DataParallel: the threads of all GPUs would share its '
+            'memory of earlier calls. Use torch.nn.parallel.DistributedDataParallel (in mmdet: tools/dist_train.sh), '
+            'or one GPU.'
         )

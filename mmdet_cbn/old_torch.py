@@ -1,20 +1,20 @@
 """What torch 2.1 to 2.7 lack, each thing with the version that brought it: what here is older than ours can be deleted.
 
-The restricted unpickler of torch 2.1 to 2.5 is in :mod:`mmdet_cbn.old_unpickler`.
+The restricted unpickler of torch 2.1 to 2.5 is in :mod:`mmdet_cbn.openmmlab.old_unpickler`.
 """
 
 from collections.abc import Callable, Iterable
+from functools import wraps
 from typing import Any, TypeVar
 
 import torch
+from packaging.version import Version
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.hooks import RemovableHandle
 
-from .requirements import release
-
 Function = TypeVar('Function', bound=Callable)
 
-_TORCH = release(torch.__version__)
+_TORCH = Version(torch.__version__).release
 #: The restricted unpickler cannot be told of further types, and a hook on the calls of all modules gets no keyword
 #: arguments.
 IS_BEFORE_2_6 = _TORCH < (2, 6)
@@ -48,6 +48,19 @@ else:
     def outside_graphs(function: Function) -> Function:
         """``function``, which ``torch.compile`` leaves as it is: a graph ends before it and another begins after it."""
         return torch.compiler.disable(function)
+
+
+def outside_graphs_in_training(forward: Function) -> Function:
+    """A module's ``forward``; if it is in training, as :func:`outside_graphs` makes it."""
+    if not IS_BEFORE_2_8:
+        return forward
+    in_training = outside_graphs(forward)
+
+    @wraps(forward)
+    def either(self: Any, input: Any) -> Any:
+        return in_training(self, input) if self.training else forward(self, input)
+
+    return either  # type: ignore[return-value]
 
 
 def is_autocast_enabled(device_type: str) -> bool:

@@ -5,7 +5,7 @@ setup.py makes its extras from this table (so nothing but the standard library i
 """
 
 import importlib
-import re
+import importlib.util
 
 # Import name: (first supported version, first version no longer supported).
 SUPPORTED = {
@@ -15,13 +15,11 @@ SUPPORTED = {
     'mmdet': ('3.3', '4'),
 }
 
+# The layers and CBNBurnInHook do without them.
+OPTIONAL = ('mmcv', 'mmdet')
+
 # They go in pairs. This is the one of requirements-openmmlab.txt, with which the tests are run.
 TORCH_AND_TORCHVISION = ['torch==2.13.0', 'torchvision==0.28.0']
-
-
-def release(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version: ``'2.13.0+cpu'`` gives ``(2, 13, 0)``, ``'3.0.0rc1'`` gives ``(3, 0, 0)``."""
-    return tuple(int(number) for number in re.match(r'\d+(\.\d+)*', version)[0].split('.'))  # type: ignore[index]
 
 
 def wanted(name: str) -> str:
@@ -31,20 +29,27 @@ def wanted(name: str) -> str:
 
 
 def check_installed() -> None:
-    """Import every package of :data:`SUPPORTED` and compare its version.
+    """Import every package of :data:`SUPPORTED` that is installed, and compare its version.
+
+    The layers need torch and mmengine. mmcv and mmdet may be missing.
 
     Raises:
-        ImportError: A package is missing, does not load, or is of an unsupported version. The message names all that
-            is wrong, with the versions wanted.
+        ImportError: torch or mmengine is missing, or a package does not load or has an unsupported version. The
+            message names all that is wrong, with the versions wanted.
     """
+    # setup.py imports this module, and need not have it.
+    from packaging.version import Version
+
     wrong = []
     for name, (first, end) in SUPPORTED.items():
+        if name in OPTIONAL and importlib.util.find_spec(name) is None:
+            continue
         try:
             version = importlib.import_module(name).__version__
         except (ImportError, AssertionError) as error:  # mmdet asserts the versions of mmcv and mmengine on import
             wrong.append(f'{wanted(name)} (importing {name} failed: {error})')
         else:
-            if not release(first) <= release(version) < release(end):
+            if not Version(first) <= Version(Version(version).base_version) < Version(end):
                 wrong.append(f'{wanted(name)} (installed: {version})')
     if wrong:
         raise ImportError(

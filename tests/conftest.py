@@ -14,8 +14,8 @@ from mmengine.runner import Runner
 from torch import nn
 
 from mmdet_cbn import CBN
-from mmdet_cbn.experiments.varied import write_varied
-from mmdet_cbn.shapes import write_shapes
+from mmdet_cbn.experiments.data.shapes import write_shapes
+from mmdet_cbn.experiments.data.varied import write_varied
 
 ROOT = Path(__file__).parents[1]
 _runs = count()  # mmengine wants a new name for each Runner of a process

@@ -13,8 +13,15 @@ from mmengine.config import Config
 from torch import nn
 
 from mmdet_cbn import CBN
-from mmdet_cbn.experiments.benchmark import Detector, Settings, benchmark, make_inputs, measure, time_in_alternation
-from mmdet_cbn.experiments.storage import StorageCounter
+from mmdet_cbn.experiments.cost.detectors import (
+    Detector,
+    Settings,
+    benchmark,
+    make_inputs,
+    measure,
+    time_in_alternation,
+)
+from mmdet_cbn.experiments.cost.storage import StorageCounter
 
 MASK_RCNN = ROOT / 'configs/cbn/mask-rcnn_r50_fpn_cbn-all_1x_coco.py'
 SIZE, BATCH_SIZE, ROUNDS = (96, 64), 2, 3
@@ -123,7 +130,7 @@ def test_cbn_has_the_flops_of_bn_and_in_training_one_more_weight_gradient(result
 def test_memory_holds_weights_gradients_optimizer_and_window(results):
     detector = detector_of(mask_rcnn())
     detector.fill_window()
-    window = sum(layer._windows.current.nbytes for layer in detector.model.modules() if isinstance(layer, CBN))
+    window = sum(layer.windows.current.nbytes for layer in detector.model.modules() if isinstance(layer, CBN))
     weights = sum(p.nbytes for p in detector.model.parameters())
     bn, cbn = results['rows']
     assert bn['memory_bytes'] > 3 * weights  # SGD has one number for each weight, its momentum
@@ -146,7 +153,7 @@ def test_memory_holds_what_a_step_does_not_use(monkeypatch):
 
         test_step = train_step
 
-    monkeypatch.setattr('mmdet_cbn.experiments.benchmark.Detector', Detector)
+    monkeypatch.setattr('mmdet_cbn.experiments.cost.detectors.Detector', Detector)
     _, row = measure(None, Settings('cpu'))
     assert row['memory_bytes'] == 4 * (1000 + 100 + 10)
 

@@ -45,7 +45,7 @@ def test_a_head_shared_by_levels_is_as_many_layers_with_one_weight(kind):
         losses, expected_losses = ([loss_of(y) for y in ys] for ys in (outputs, expected))
         step(list(head.parameters()), losses)
         step([*conv.parameters(), *norm.parameters()], expected_losses)
-    assert len(head[1]._windows) == len(LEVELS)
+    assert len(head[1].windows) == len(LEVELS)
 
 
 def test_a_norm_behind_two_convolutions_keeps_them_apart():
@@ -57,7 +57,7 @@ def test_a_norm_behind_two_convolutions_keeps_them_apart():
         lengths.append(norm.window_length)
         step(list(first.parameters()) + list(second.parameters()), [loss_of(y) for y in ys])
     assert lengths == [1, 2, 3, 3]
-    assert [window.stacked().var_grad.shape[2:] for window in norm._windows] == [(4, 1, 1), (4, 3, 3)]
+    assert [window.stacked().var_grad.shape[2:] for window in norm.windows] == [(4, 1, 1), (4, 3, 3)]
 
 
 def test_another_convolution_of_the_same_shape_begins_afresh():
@@ -78,7 +78,7 @@ def test_micro_batches_count_as_iterations(kind):
         loss_of(y).backward()  # accumulates; the weights stay, and so does the loss
         torch.testing.assert_close(y.detach(), reference(x).detach())  # whose graph is gone at once
         assert model[1].window_length == min(number + 1, 4)
-    assert len(model[1]._windows) == 1
+    assert len(model[1].windows) == 1
 
 
 def test_a_change_of_the_weights_ends_an_iteration_without_a_backward_pass():
@@ -95,7 +95,7 @@ def test_forwards_without_gradients_count_as_iterations():
     model = conv_and_norm(window_size=3)
     with torch.no_grad():
         kept = [model(x) for x in batches(4)]
-    assert model[1].window_length == 3 and len(model[1]._windows) == 1 and len(kept) == 4
+    assert model[1].window_length == 3 and len(model[1].windows) == 1 and len(kept) == 4
 
 
 def test_the_hook_ends_an_iteration_that_nothing_else_does():
@@ -111,7 +111,7 @@ def test_windows_of_calls_that_come_no_more_are_given_back():
     model = conv_and_norm(window_size=2)
     for calls, windows in ((3, 3), (1, 3), (1, 1)):
         losses = [loss_of(model(x)) for x in batches(calls)]
-        assert len(model[1]._windows) == windows
+        assert len(model[1].windows) == windows
         step(list(model.parameters()), losses)
 
 
@@ -119,11 +119,11 @@ def test_no_graph_is_kept_alive():
     model = conv_and_norm(window_size=3)
     for x in batches(3):
         y = model(x)
-    graph = model[1]._windows.iteration.last_call
+    graph = model[1].windows.iteration.last_call
     assert graph is not None
     del graph, y
     gc.collect()
-    assert model[1]._windows.iteration.last_call is None
+    assert model[1].windows.iteration.last_call is None
 
 
 def test_a_call_without_any_position_is_a_call():
@@ -142,7 +142,7 @@ def test_a_call_without_any_position_is_a_call():
             for parameter, twin, gradient in zip(head.parameters(), reference.parameters(), gradients, strict=True):
                 twin.sub_(0.01 * gradient)
                 parameter.copy_(twin)
-    assert [len(window) for window in head[1]._windows] == [2, 2, 2, 2]
+    assert [len(window) for window in head[1].windows] == [2, 2, 2, 2]
 
 
 @KINDS
@@ -232,7 +232,7 @@ def test_behind_a_frozen_convolution_the_window_averages_what_it_saw(kind):
         expected = F.batch_norm(seen[-1], mean, var, norm.weight, norm.bias, eps=norm.eps)
         torch.testing.assert_close(y, expected)
         step([norm.weight, norm.bias], [loss_of(y)])
-    assert len(norm._windows) == 1
+    assert len(norm.windows) == 1
 
 
 def test_a_convolution_used_twice_compensates_each_norm_for_its_own_input():

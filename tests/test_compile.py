@@ -15,9 +15,9 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from mmdet_cbn import CBN
-from mmdet_cbn.batch_renorm import BRN
-from mmdet_cbn.convolution import _watch
+from mmdet_cbn.layers.batch_renorm import BRN
 from mmdet_cbn.old_torch import IS_BEFORE_2_8
+from mmdet_cbn.pairing import watch
 
 BREAKS_NO_GRAPH = not IS_BEFORE_2_8
 COMPENSATED = [dict(), dict(order=2), dict(samples=20)]
@@ -30,7 +30,7 @@ def _forget_graphs():
     torch._dynamo.reset()
     # A graph is of a model with a certain number of hooks: those that models of other tests have left go now.
     gc.collect()
-    _watch._end_if_idle()
+    watch.end_if_idle()
 
 
 class Level(nn.Module):
@@ -96,7 +96,7 @@ def test_training_is_as_without_it_and_breaks_no_graph(kind, backend):
     if BREAKS_NO_GRAPH:
         assert counter.frame_count == 2, 'one graph for burn-in and one for all windows after it'
     for norm in (model.norm, twin.norm):
-        assert norm.window_length == 3 and [len(window) for window in norm._windows] == [2, 2, 2]
+        assert norm.window_length == 3 and [len(window) for window in norm.windows] == [2, 2, 2]
 
 
 @pytest.mark.parametrize('kind', COMPENSATED, ids=str)
@@ -144,7 +144,7 @@ def test_forwards_without_gradients_count_as_iterations():
     with torch.no_grad():
         for xs in images(4, 8):
             compiled(xs)
-    assert len(model.norm._windows) == 1 and model.norm.window_length == 3
+    assert len(model.norm.windows) == 1 and model.norm.window_length == 3
 
 
 @pytest.mark.parametrize('with_cp', [False, True])

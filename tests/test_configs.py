@@ -20,7 +20,7 @@ from mmengine.registry import init_default_scope
 from torch import nn
 
 from mmdet_cbn import BRN, CBN
-from mmdet_cbn.experiments.paper import TABLES
+from mmdet_cbn.experiments.paper.tables import TABLES
 
 NORMS = {'BN': nn.BatchNorm2d, 'SyncBN': MODELS.get('SyncBN'), 'GN': nn.GroupNorm, 'BRN': BRN, 'CBN': CBN}
 FIXED = 'fixed BN'

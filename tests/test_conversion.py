@@ -7,8 +7,8 @@ import torch
 from mmdet.models.backbones import ResNet
 from torch import nn
 
-from mmdet_cbn import BRN, CBN, convolution
-from mmdet_cbn.conversion import active_norms, become
+from mmdet_cbn import BRN, CBN, pairing
+from mmdet_cbn.layers.conversion import active_norms, convert_in_place
 
 
 class Block(nn.Module):
@@ -131,7 +131,7 @@ def test_a_cbn_lets_go_of_its_convolution_when_it_becomes_another():
     for _ in range(3):
         block(torch.randn(2, 3, 8, 8))
     assert len(block.conv._forward_hooks) == 1
-    become(block.bn, nn.BatchNorm2d(3))
+    convert_in_place(block.bn, nn.BatchNorm2d(3))
     assert type(block.bn) is nn.BatchNorm2d and block.bn.training
     assert len(block.conv._forward_hooks) == 0
     assert vars(block.bn).keys() == vars(nn.BatchNorm2d(3)).keys(), 'nothing of CBN is left'
@@ -147,7 +147,7 @@ def test_looking_for_active_norms_changes_no_mode():
         before = {name: module.training for name, module in model.named_modules()}
         assert list(active_norms(model)) == ['a.bn']
         assert {name: module.training for name, module in model.named_modules()} == before
-    assert not model['a'].bn._finder._handles and model['a'].bn._finder not in convolution._watch, 'still in evaluation'
+    assert not model['a'].conv._forward_hooks and not list(pairing.watch.finders), 'still in evaluation'
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,11 @@ def test_looking_for_active_norms_changes_no_mode():
         (lambda: CBN.convert_batchnorm(net(), 5), TypeError, 'prefixes must be a name, a list of names or None, got 5'),
         (lambda: CBN.convert_batchnorm(net(), []), ValueError, 'prefixes must hold at least one name, got'),
         (lambda: CBN.convert_batchnorm(net(), window_size=0), ValueError, 'window_size must be an int >= 1'),
-        (lambda: become(nn.BatchNorm2d(3), nn.GroupNorm(1, 3)), ValueError, 'a BatchNorm2d cannot become a GroupNorm'),
+        (
+            lambda: convert_in_place(nn.BatchNorm2d(3), nn.GroupNorm(1, 3)),
+            ValueError,
+            'a BatchNorm2d cannot become a GroupNorm',
+        ),
     ],
 )
 def test_wrong_arguments_are_named(call, error, message):
@@ -179,6 +183,6 @@ def test_nothing_changes_when_an_argument_is_wrong():
 
 def test_brn_becomes_cbn_and_back():
     block = Block()
-    become(block.bn, BRN(3))
+    convert_in_place(block.bn, BRN(3))
     CBN.convert_batchnorm(block)
     assert type(block.bn) is CBN and not hasattr(block.bn, 'r_max')

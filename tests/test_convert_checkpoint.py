@@ -15,7 +15,7 @@ from mmengine.registry import DefaultScope
 from torch.nn import functional
 
 from mmdet_cbn import CBN
-from mmdet_cbn.experiments.released_checkpoint import convert_checkpoint, convert_state_dict, model_shapes
+from mmdet_cbn.experiments.paper.released_checkpoint import convert_checkpoint, convert_state_dict, model_shapes
 
 TOOL = ROOT / 'tools' / 'convert_checkpoint.py'
 SMALL = ROOT / 'configs' / 'small' / 'r18_shapes.py'  # the small twin of any row of configs/cbn

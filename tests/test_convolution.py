@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from mmdet_cbn import CBN
-from mmdet_cbn.convolution import ConvCall, remember_call, take_call, unsupported_because
+from mmdet_cbn.pairing import ConvCall, claim_call, remember_call, why_unsupported
 
 
 @pytest.fixture(autouse=True)
@@ -35,14 +35,14 @@ def is_followed(conv):
 def test_the_output_is_exchanged_for_convolution_and_input_once():
     conv, inputs = followed_conv(), torch.randn(1, 3, 5, 5)
     output = conv(inputs)
-    taken_conv, taken_input = take_call(output)
+    taken_conv, taken_input = claim_call(output)
     assert taken_conv is conv and taken_input is inputs
-    assert take_call(output) is None
+    assert claim_call(output) is None
 
 
 def test_an_input_given_by_name_is_found():
     conv, inputs = followed_conv(), torch.randn(1, 3, 5, 5)
-    assert take_call(conv(input=inputs))[1] is inputs
+    assert claim_call(conv(input=inputs))[1] is inputs
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_an_input_given_by_name_is_found():
 )
 def test_anything_but_the_very_output_is_refused(change):
     with torch.no_grad():
-        assert take_call(change(followed_conv()(torch.randn(1, 3, 5, 5)))) is None
+        assert claim_call(change(followed_conv()(torch.randn(1, 3, 5, 5)))) is None
 
 
 @pytest.mark.parametrize('hooked', [0, 1])
@@ -68,7 +68,7 @@ def test_a_call_of_another_thread_is_not_taken():
     thread = threading.Thread(target=lambda: outputs.append(conv(torch.randn(1, 3, 5, 5))))
     thread.start()
     thread.join()
-    assert take_call(outputs[0]) is None
+    assert claim_call(outputs[0]) is None
 
 
 def test_no_input_outlives_its_norm():
@@ -163,6 +163,6 @@ def test_a_call_in_plain_terms_gives_the_same_output(arguments):
 
 
 def test_torchs_and_mmcvs_convolutions_are_supported():
-    assert unsupported_because(nn.Conv2d(1, 1, 1)) is None
-    assert unsupported_because(MMCVConv2d(1, 1, 1)) is None
-    assert 'ConvTranspose2d' in unsupported_because(nn.ConvTranspose2d(1, 1, 1))
+    assert why_unsupported(nn.Conv2d(1, 1, 1)) is None
+    assert why_unsupported(MMCVConv2d(1, 1, 1)) is None
+    assert 'ConvTranspose2d' in why_unsupported(nn.ConvTranspose2d(1, 1, 1))

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._python_dispatch import _disable_current_modes
 
 from mmdet_cbn import CBN
-from mmdet_cbn.normalization import WindowNorm
+from mmdet_cbn.layers.normalization import WindowNorm
 from mmdet_cbn.old_torch import IS_BEFORE_2_6
 
 # A torch < 2.6 looks for a driver even for fake CUDA tensors. To wait for a device is the same for all kinds.
@@ -66,7 +66,7 @@ def test_training_never_waits_for_the_device(order, samples, momentum, bias, dty
             assert y.dtype == gradients[0].dtype == dtype
             assert [None if g is None else g.shape for g in gradients] == [y.shape, *[(4,)] * 3, *[None] * 5]
             assert norm.window_length == min(step + 1, 3)
-            for tensor in (y, *gradients[:4], *norm._windows.current.stacked(), *norm.buffers()):
+            for tensor in (y, *gradients[:4], *norm.windows.current.stacked(), *norm.buffers()):
                 assert tensor.device.type == DEVICE
 
 

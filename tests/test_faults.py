@@ -17,10 +17,10 @@ from mmengine.fileio import LocalBackend
 from torch.utils._pytree import tree_flatten
 
 from mmdet_cbn import CBN
-from mmdet_cbn.checkpoint import find_latest_checkpoint
+from mmdet_cbn.openmmlab.checkpoints import find_latest_checkpoint
 
 PROCESSES = multiprocessing.get_context('forkserver')
-PROCESSES.set_forkserver_preload(['mmdet_cbn.experiments.varied'])  # and with it all that takes seconds to import
+PROCESSES.set_forkserver_preload(['mmdet_cbn.experiments.data.varied'])  # and with it all that takes seconds to import
 
 
 class MortalNet(Net):

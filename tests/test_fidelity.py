@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import ROOT, Net, runner_for
 
-from mmdet_cbn.experiments.analysis import draw, plot_errors, to_markdown, write_results
-from mmdet_cbn.experiments.fidelity import NOISE, TWO_LAYERS, Error, StatisticsFidelityHook
-from mmdet_cbn.experiments.gradients import Ratio
+from mmdet_cbn.experiments.analysis.fidelity import NOISE, TWO_LAYERS, Error, StatisticsFidelityHook
+from mmdet_cbn.experiments.analysis.gradients import Ratio
+from mmdet_cbn.experiments.analysis.plots import draw, plot_errors, to_markdown, write_results
 
 CONFIG = 'small/r18_shapes.py'
 OPTIONS = {

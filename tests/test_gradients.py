@@ -7,8 +7,8 @@ from mmengine.model import BaseModel
 from torch import nn
 
 from mmdet_cbn import CBN
-from mmdet_cbn.experiments.fidelity import NOISE, ONE_LAYER, TWO_LAYERS, StatisticsFidelityHook
-from mmdet_cbn.experiments.gradients import GradientRatioHook
+from mmdet_cbn.experiments.analysis.fidelity import NOISE, ONE_LAYER, TWO_LAYERS, StatisticsFidelityHook
+from mmdet_cbn.experiments.analysis.gradients import GradientRatioHook
 
 
 class Chain(BaseModel):

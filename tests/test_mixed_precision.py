@@ -26,7 +26,7 @@ def test_a_detector_trains_in_bfloat16_as_in_float32(build_runner, monkeypatch, 
         found.append(losses(runner)['train/loss'])
         layers = [m for m in runner.model.modules() if isinstance(m, CBN)]
         assert len(layers) == 36 and {layer.window_length for layer in layers} == {3}
-        assert {t.dtype for layer in layers for t in layer._windows.current.stacked()} == {torch.float32}
+        assert {t.dtype for layer in layers for t in layer.windows.current.stacked()} == {torch.float32}
     assert found[1] != found[0]
     assert found[1] == pytest.approx(found[0], rel=3e-3)
 
@@ -41,7 +41,7 @@ def test_outputs_and_statistics_stay_near_those_of_float32(dtype, kind):
             y = model(x)
         loss_of(y.float()).backward()
         assert y.dtype == dtype
-        assert {t.dtype for t in (*model[1]._windows.current.stacked(), *model[1].parameters())} == {torch.float32}
+        assert {t.dtype for t in (*model[1].windows.current.stacked(), *model[1].parameters())} == {torch.float32}
         torch.testing.assert_close(y.float(), single(x), rtol=0.02, atol=0.02)
         for net in (model, single):
             with torch.no_grad():
@@ -52,17 +52,19 @@ def test_outputs_and_statistics_stay_near_those_of_float32(dtype, kind):
 @pytest.mark.parametrize('kind', [dict(), dict(samples=10_000)], ids=str)
 def test_compensation_sees_a_change_of_the_weights_that_their_half_would_not(dtype, kind):
     model = conv_and_norm(window_size=2, dtype=torch.float32, **kind)
+    steps = []
+    model[1].register_step_hook(lambda layer, step: steps.append(step))
     first, second = batches(2, dtype=torch.float32)
     with torch.autocast('cpu', dtype):
         model(first)
-        mean = model[1]._windows.current.stacked().mean[0].clone()
+        mean = model[1].windows.current.stacked().mean[0].clone()
         change = 2e-5
         with torch.no_grad():
             model[0].weight.mul_(1 + change)
         stays = (model[0].weight / (1 + change)).to(dtype) == model[0].weight.to(dtype)
         assert stays.float().mean() > 0.9
         model(second)
-    past_mean = model[1]._windows.iteration.first_runs[0].result[0][0]
+    past_mean = steps[1].past[0][0]
     # The mean is linear in the weights.
     torch.testing.assert_close(past_mean - mean, change * mean, rtol=0.05, atol=1e-6)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from mmengine.logging import HistoryBuffer
 
-from mmdet_cbn import old_unpickler
+from mmdet_cbn.openmmlab import old_unpickler
 
 
 def loads(data):

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from mmdet_cbn.experiments import logs, reproduction
-from mmdet_cbn.experiments.logs import Run, collect, find_runs, settings_of
-from mmdet_cbn.experiments.paper import BOX, FIGURE3, FIGURE5, TABLE5, TABLES, Row
-from mmdet_cbn.experiments.report import markdown, plot_curves, plot_figure, write_report
-from mmdet_cbn.experiments.reproduction import NOTHING_DETECTED, Setting, Trial, load, trials_of
+from mmdet_cbn.experiments.paper import logs, runs
+from mmdet_cbn.experiments.paper.logs import Run, collect, find_runs, settings_of
+from mmdet_cbn.experiments.paper.report import markdown, plot_curves, plot_figure, write_report
+from mmdet_cbn.experiments.paper.runs import NOTHING_DETECTED, Setting, Trial, load, trials_of
+from mmdet_cbn.experiments.paper.tables import BOX, FIGURE3, FIGURE5, TABLE5, TABLES, Row
 
 CONFIGS = ROOT / 'configs'
 TOOL = ROOT / 'tools' / 'reproduce.py'
@@ -412,7 +412,7 @@ def test_a_dry_run_prints_commands_for_every_row_and_runs_nothing(number, small,
             assert '--resume' in training and '--resume' not in evaluation
 
 
-DOCUMENTS = {name: (ROOT / name).read_text() for name in ('README.md', 'docs/reproduction.md')}
+DOCUMENTS = {name: (ROOT / name).read_text() for name in ('README.md', 'docs/runs.md')}
 COMMAND = re.compile(r'^ *python tools/reproduce\.py ((?:\\\n|[^#\n])*)', re.MULTILINE)
 
 
@@ -508,7 +508,7 @@ def fake(tmp_path):
 
 def run(trial):
     steps = []
-    return reproduction.run(trial, dict(os.environ), steps.append), [step.rpartition(' ')[2] for step in steps]
+    return runs.run(trial, dict(os.environ), steps.append), [step.rpartition(' ')[2] for step in steps]
 
 
 def test_each_step_is_made_once(fake):

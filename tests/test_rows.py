@@ -27,11 +27,11 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import init_default_scope
 from torch import nn
 
-from mmdet_cbn.experiments.benchmark import make_inputs
-from mmdet_cbn.experiments.paper import TABLES, Row, Table
+from mmdet_cbn.experiments.cost.detectors import make_inputs
+from mmdet_cbn.experiments.data.shapes import write_shapes
+from mmdet_cbn.experiments.paper.runs import Setting, Trial
+from mmdet_cbn.experiments.paper.tables import TABLES, Row, Table
 from mmdet_cbn.experiments.preflight import weights_file, weights_url
-from mmdet_cbn.experiments.reproduction import Setting, Trial
-from mmdet_cbn.shapes import write_shapes
 
 pytestmark = pytest.mark.rows
 

@@ -58,15 +58,12 @@ class NoteCorrections(Net):
     def __init__(self, norm):
         super().__init__(norm)
         self.moved = []
+        norm.register_step_hook(self.note)
 
-    def forward(self, inputs, mode='tensor'):
-        window = self.norm._windows.current.stacked()
-        old = None if window is None else (window.mean.clone(), window.var.clone())
-        outputs = super().forward(inputs, mode)
-        past = self.norm._windows.iteration.first_runs[0].result if self.norm._windows.iteration.first_runs else None
-        if past is not None:
-            self.moved.append(max((a - b).abs().max().item() for a, b in zip(past, old, strict=True)))
-        return outputs
+    def note(self, layer, step):
+        if step.past is not None:
+            pairs = zip(step.past, (step.old.mean, step.old.var), strict=True)
+            self.moved.append(max((a - b).abs().max().item() for a, b in pairs))
 
 
 @pytest.mark.parametrize(('kind', 'rounding'), [(dict(), 0), (dict(samples=8), 1e-6)], ids=str)
@@ -123,7 +120,7 @@ def test_evaluation_and_averaging_of_weights_in_the_midst_of_training_leave_no_t
         runner.train()
         scalars = runner.message_hub.log_scalars
         found[name] = [list(scalars['train/loss'].data[0]), list(scalars['train/cbn_window'].data[0]),
-                       model.norm._windows.current.stacked(), list(model.state_dict().values())]  # fmt: skip
+                       model.norm.windows.current.stacked(), list(model.state_dict().values())]  # fmt: skip
         assert ('val/mean' in scalars) == bool(arguments)
         for averaging in (hook for hook in runner.hooks if type(hook).__name__ == 'EMAHook'):
             assert averaging.ema_model.module.norm.window_length == 0, 'it has not trained'

@@ -9,9 +9,10 @@ from test_statistics import stacked
 from torch import nn
 
 from mmdet_cbn import CBN
-from mmdet_cbn.convolution import ConvCall
+from mmdet_cbn.compensation.sampled import compensate_samples, sampled_statistics
 from mmdet_cbn.experiments.oracle import OracleCBN
-from mmdet_cbn.statistics import batch_statistics, compensate_samples, sampled_statistics
+from mmdet_cbn.layers.statistics import batch_statistics
+from mmdet_cbn.pairing import ConvCall
 
 pytestmark = pytest.mark.usefixtures('device')
 
@@ -137,7 +138,7 @@ def test_bytes_held_by_the_window(samples):
     conv, norm = nn.Conv2d(256, 256, 3, padding=1, bias=False), CBN(256, window_size=4, samples=samples)
     for _ in range(5):
         norm(conv(torch.randn(2, 256, 7, 7)))
-    in_weights = norm._windows.current.nbytes / conv.weight.nbytes / 3
+    in_weights = norm.windows.current.nbytes / conv.weight.nbytes / 3
     assert in_weights <= (1.1 if samples is None else 0.3), 'an old iteration; the authors hold three'
 
 
@@ -146,7 +147,7 @@ def test_in_mixed_precision_unchanged_weights_change_nothing(device):
     conv, norm = nn.Conv2d(8, 8, 3), CBN(8, window_size=3, samples=16)
     with torch.autocast(device, torch.bfloat16):
         norm(conv(torch.randn(2, 8, 9, 9)))
-        past = norm._windows.current.stacked()
+        past = norm.windows.current.stacked()
     mean, var = compensate_samples(past, conv.weight.detach(), 1)
     assert past.mean.dtype == torch.float32
     torch.testing.assert_close(mean, past.mean, rtol=1e-5, atol=1e-6)

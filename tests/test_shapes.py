@@ -10,7 +10,7 @@ from mmengine.config import Config
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from mmdet_cbn.shapes import CLASSES, write_shapes
+from mmdet_cbn.experiments.data.shapes import CLASSES, write_shapes
 
 
 @pytest.fixture(scope='module')

@@ -12,12 +12,12 @@ import torch
 from conftest import ROOT
 
 from mmdet_cbn import CBN
-from mmdet_cbn.experiments.gradients import GradientRatioHook
-from mmdet_cbn.experiments.logs import Run, collect, find_runs, settings_of, store_runs
-from mmdet_cbn.experiments.report import markdown, plot_figure, write_report
-from mmdet_cbn.experiments.reproduction import Setting, Trial, load, trials_of
-from mmdet_cbn.experiments.study import BURN_IN, IMAGES, RATE, RUNNING, STUDY, WINDOW
-from mmdet_cbn.window import suggested_window_size
+from mmdet_cbn.experiments.analysis.gradients import GradientRatioHook
+from mmdet_cbn.experiments.paper.logs import Run, collect, find_runs, settings_of, store_runs
+from mmdet_cbn.experiments.paper.report import markdown, plot_figure, write_report
+from mmdet_cbn.experiments.paper.runs import Setting, Trial, load, trials_of
+from mmdet_cbn.experiments.paper.study import BURN_IN, IMAGES, RATE, RUNNING, STUDY, WINDOW
+from mmdet_cbn.window.ring import suggested_window_size
 
 CONFIGS = ROOT / 'configs'
 METHODS = ['BN', 'GN', 'BRN', 'Naive CBN', 'CBN', 'CBN, 64 samples']

@@ -16,7 +16,7 @@ from mmdet.datasets.api_wrappers import COCO
 from mmdet.registry import DATASETS
 from mmengine.config import Config
 
-from mmdet_cbn.mmdet_tools import find_tool, name_annotations
+from mmdet_cbn.openmmlab.tools import find_tool, name_annotations
 
 CONFIG = ROOT / 'configs' / 'small' / 'r18_shapes.py'
 SMALL_RUN = [

@@ -9,7 +9,7 @@ import torch
 from mmengine.hub import get_config
 
 from mmdet_cbn import CBN, CBNBurnInHook, SwitchNormHook
-from mmdet_cbn.shapes import CLASSES
+from mmdet_cbn.experiments.data.shapes import CLASSES
 
 DETECTORS = ('faster-rcnn', 'mask-rcnn')
 # With images of COCO at hand, the same on them.
@@ -72,7 +72,7 @@ def test_a_head_shared_by_the_levels_of_the_fpn_has_a_window_for_each(build_runn
     layers = [m for m in runner.model.bbox_head.modules() if isinstance(m, CBN)]
     assert len(layers) == 8
     for layer in layers:
-        assert [len(window) for window in layer._windows] == [2] * 5
+        assert [len(window) for window in layer.windows] == [2] * 5
     assert all(math.isfinite(value) for values in losses(runner).values() for value in values)
 
 

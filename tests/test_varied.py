@@ -9,7 +9,7 @@ from conftest import ROOT
 from mmengine.config import Config
 from pycocotools.coco import COCO
 
-from mmdet_cbn.experiments.varied import VISIBLE, write_varied
+from mmdet_cbn.experiments.data.varied import VISIBLE, write_varied
 
 
 @pytest.fixture(scope='module')

@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import random
 import shutil
 import time
 from datetime import timedelta
@@ -21,6 +22,13 @@ from mmdet_cbn import CBN, CBNBurnInHook
 
 HOOK = dict(type='CBNBurnInHook', burn_in_epochs=1, save_window=True)
 BY_ITERATION = dict(by_epoch=False, max_iters=14)
+#: In the files of version 0.1.0.
+FIELDS = {
+    'NaiveStatistics': ('mean', 'var'),
+    'CompensatedStatistics': ('mean', 'var', 'mean_grad', 'var_grad', 'mean_product', 'var_product'),
+    'SecondOrderStatistics': ('mean', 'var', 'mean_grad', 'covariance', 'mean_product', 'var_product'),
+    'SampledStatistics': ('mean', 'var', 'patches', 'share', 'sample_mean', 'sample_var'),
+}
 KINDS = pytest.mark.parametrize('kind', [dict(), dict(order=0), dict(samples=8)], ids=str)
 
 
@@ -183,7 +191,7 @@ class Evil:
         (lambda data: edited(data, tensors=dict(mean=torch.zeros(3, 4))), 'missing'),
         (lambda data: edited(data, kind='NaiveStatistics', tensors=naive(2, 4)), 'another window_size than 4'),
         (lambda data: edited(data, kind='NaiveStatistics', tensors=naive(3, 5)), 'other than 4 features'),
-        (lambda data: resaved(data, lambda s: {'norm': dict(s['norm'], random=[1, 2])}), ''),
+        (lambda data: resaved(data, lambda s: {'norm': dict(s['norm'], compensation=dict(draws='x'))}), 'draws'),
         (lambda data: resaved(data, lambda s: {'norm': dict(s['norm'], windows=[])}), 'list index'),
         (lambda data: edited(data, length=1.5), 'it has 1.5 iterations'),
         (
@@ -204,15 +212,37 @@ class Evil:
 )
 def test_a_file_that_does_not_fit_is_refused_by_name_and_runs_no_code(tmp_path, monkeypatch, damage, reason):
     monkeypatch.setenv('EVIL', str(tmp_path / 'evil'))
-    train(tmp_path, epochs=2)
+    naive_cbn = dict(order=0)
+    train(tmp_path, naive_cbn, epochs=2)
     (file,) = tmp_path.glob('epoch_2.pth.cbn*')
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(RuntimeError, match=r'epoch_2\.pth\.cbn_window_rank0 was not loaded.*remove it') as error:
-        train(tmp_path, epochs=3, resume=True)
+        train(tmp_path, naive_cbn, epochs=3, resume=True)
     assert reason in str(error.value)
     assert not (tmp_path / 'evil').exists()
     file.unlink()
-    train(tmp_path, epochs=3, resume=True)
+    train(tmp_path, naive_cbn, epochs=3, resume=True)
+
+
+def test_a_file_of_another_order_is_refused_by_name(tmp_path):
+    train(tmp_path, dict(order=1), epochs=2)
+    with pytest.raises(RuntimeError, match=r"was not loaded.*'CompensatedStatistics', not NaiveStatistics: order or"):
+        train(tmp_path, dict(order=0), epochs=3, resume=True)
+
+
+def test_a_file_of_version_0_1_0_loads():
+    """It has the state of a generator of random numbers for each layer, whether it draws or not."""
+    for kind in (dict(), dict(order=0), dict(order=2), dict(samples=8)):
+        conv, norm = nn.Conv2d(3, 4, 3), CBN(4, window_size=3, **kind)
+        for _ in range(3):
+            norm(conv(torch.randn(2, 3, 8, 8)))
+        state = norm.window_state()
+        old = dict(windows=state['windows'], random=list(random.Random(0).getstate()[1]))
+        loaded = CBN(4, window_size=3, **kind)
+        loaded.load_window_state(old)
+        assert tuple(old['windows'][0]['tensors']) == FIELDS[norm.compensation.Statistics.__name__]
+        loaded(conv(torch.randn(2, 3, 8, 8)))
+        assert loaded.window_length == 3
 
 
 def resaved(data, change, **others):

@@ -18,9 +18,9 @@ from mmengine.config import Config, DictAction
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-from mmdet_cbn.experiments.analysis import draw, write_results
-from mmdet_cbn.experiments.fidelity import StatisticsFidelityHook
-from mmdet_cbn.experiments.gradients import GradientRatioHook
+from mmdet_cbn.experiments.analysis.fidelity import StatisticsFidelityHook
+from mmdet_cbn.experiments.analysis.gradients import GradientRatioHook
+from mmdet_cbn.experiments.analysis.plots import draw, write_results
 
 
 class Enough(Exception):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mmengine.config import Config, DictAction
 
-from mmdet_cbn.experiments.benchmark import Settings, benchmark, to_markdown
+from mmdet_cbn.experiments.cost.detectors import Settings, benchmark, to_markdown
 
 
 def load_config(path: str, options: dict | None) -> Config:

@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 from mmengine.config import Config
 
-from mmdet_cbn.checkpoint import load_checkpoint, whole_file
-from mmdet_cbn.errors import naming
-from mmdet_cbn.experiments.released_checkpoint import convert_checkpoint, model_shapes
+from mmdet_cbn.errors import errors_name_file
+from mmdet_cbn.experiments.paper.released_checkpoint import convert_checkpoint, model_shapes
+from mmdet_cbn.openmmlab.checkpoints import load_checkpoint, whole_file
 
 
 def main() -> int:
@@ -38,7 +38,7 @@ def main() -> int:
     try:
         shapes = model_shapes(Config.fromfile(args.config))
         released = load_checkpoint(args.checkpoint, map_location='cpu')
-        with naming(args.checkpoint, 'is no checkpoint of the released code'):
+        with errors_name_file(args.checkpoint, 'is no checkpoint of the released code'):
             converted, report = convert_checkpoint(released, shapes)
     except (OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
         parser.error(str(error))

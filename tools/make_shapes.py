@@ -2,7 +2,7 @@
 
 import argparse
 
-from mmdet_cbn.shapes import write_shapes
+from mmdet_cbn.experiments.data.shapes import write_shapes
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ python tools/make_varied.py data/bccd
 
 import argparse
 
-from mmdet_cbn.experiments.varied import write_varied
+from mmdet_cbn.experiments.data.varied import write_varied
 
 
 def main() -> None:

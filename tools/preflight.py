@@ -21,7 +21,7 @@ from rich.text import Text
 warnings.filterwarnings('ignore', 'pkg_resources is deprecated')  # mmengine's, for each config that it reads
 
 try:
-    from mmdet_cbn.experiments.paper import TABLES
+    from mmdet_cbn.experiments.paper.tables import TABLES
     from mmdet_cbn.experiments.preflight import CHECKS, Machine, run_check
 except ImportError as error:
     sys.exit(f'NOT OK: {error}')

@@ -11,10 +11,10 @@ import argparse
 import re
 from pathlib import Path
 
-from mmdet_cbn.experiments.logs import collect, find_runs
-from mmdet_cbn.experiments.paper import TABLES
-from mmdet_cbn.experiments.report import markdown, write_report
-from mmdet_cbn.experiments.study import STUDY
+from mmdet_cbn.experiments.paper.logs import collect, find_runs
+from mmdet_cbn.experiments.paper.report import markdown, write_report
+from mmdet_cbn.experiments.paper.study import STUDY
+from mmdet_cbn.experiments.paper.tables import TABLES
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
 

@@ -16,10 +16,10 @@ from pathlib import Path
 
 from mmengine.logging import MMLogger
 
-from mmdet_cbn.experiments.paper import TABLES as PAPER
-from mmdet_cbn.experiments.paper import Table
-from mmdet_cbn.experiments.reproduction import Setting, describe, run, trials_of
-from mmdet_cbn.experiments.study import STUDY
+from mmdet_cbn.experiments.paper.runs import Setting, describe, run, trials_of
+from mmdet_cbn.experiments.paper.study import STUDY
+from mmdet_cbn.experiments.paper.tables import TABLES as PAPER
+from mmdet_cbn.experiments.paper.tables import Table
 
 TABLES = (*PAPER, *STUDY)
 ROOT = Path(__file__).resolve().parents[1]

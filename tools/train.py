@@ -1,6 +1,6 @@
 """Train a detector: mmdet's own tools/train.py, with its arguments, and with mmdet_cbn registered."""
 
-from mmdet_cbn.mmdet_tools import run_tool
+from mmdet_cbn.openmmlab.tools import run_tool
 
 if __name__ == '__main__':
     run_tool('train.py')

@@ -37,12 +37,12 @@ from torch.autograd import DeviceType
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
-from ..cbn import CBN
-from .benchmark import Detector, Settings, make_inputs, time_in_alternation
+from ..layers.cbn import CBN
+from .cost.detectors import Detector, Settings, make_inputs, time_in_alternation
+from .cost.storage import StorageCounter
 from .oracle import deviation, loss_of
-from .paper import TABLES, Row
-from .reproduction import load
-from .storage import StorageCounter
+from .paper.runs import load
+from .paper.tables import TABLES, Row
 
 IMAGES = {'train': 118287, 'val': 5000}  # of COCO 2017
 TRAINED_IMAGES = 117266  # of the train split: mmdet leaves out images without objects

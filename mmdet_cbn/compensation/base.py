@@ -1,0 +1,75 @@
+"""The interface of a kind of compensation.
+
+A kind says what the window keeps of an iteration tau, and what the statistics of tau are under the weights of the
+current iteration t. The symbols are the paper's: x is the output of the convolution before the layer, without the
+convolution's bias (any batch normalization cancels it); theta is the convolution's weight; p is the patch of its input
+under the kernel at one position, so that x_j = theta_j . p in output channel j; mu and var are mean and biased variance
+of x over the m = N * H * W positions of one iteration (Eq. 2 and 3).
+
+All statistics are float32, or float64 where x is. Call the functions under torch.no_grad().
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..pairing import ConvCall
+
+
+class Compensation(ABC):
+    """One kind of compensation, for one layer.
+
+    Attributes:
+        Statistics: The named tuple of tensors that :meth:`keep` returns. Its first two members are ``mean`` and
+            ``var``, [C] each. Files of windows name this type and its members.
+        needs_conv (bool): Whether the kind needs the convolution before the layer.
+    """
+
+    Statistics: type[Any]
+    needs_conv = True
+
+    @classmethod
+    @abstractmethod
+    def of(cls, order: int, samples: int | None) -> 'Compensation | None':
+        """This kind for a layer with these arguments; None if they ask for another kind."""
+
+    @abstractmethod
+    def keep(self, x: Tensor, mean: Tensor, var: Tensor, conv: ConvCall | None) -> NamedTuple:
+        """What the window keeps of the current iteration.
+
+        Args:
+            x: Output of the convolution, bias included, [N, C, H, W].
+            mean: Mean of ``x``, bias included, [C], in the precision of the statistics. What is kept has no bias.
+            var: var, [C].
+            conv: The call that made ``x``. None if the kind does not need it.
+        """
+
+    @abstractmethod
+    def under_current_weights(self, old: Any, conv: ConvCall | None) -> tuple[Tensor, Tensor] | None:
+        """mu' and var' of n earlier iterations under the current weights (Eq. 7, 8 and the maximum of Eq. 10).
+
+        Args:
+            old: What :meth:`keep` returned for each of them, stacked: each member has a leading axis of n.
+            conv: The current call of the convolution.
+
+        Returns:
+            [n, C] each. None if ``old`` belongs to a convolution of another shape.
+        """
+
+    @abstractmethod
+    def could_keep(self, old: Any, num_features: int) -> bool:
+        """Whether ``old``, read from a file, has the shapes of a layer of ``num_features`` channels."""
+
+    def state(self) -> dict[str, Any]:
+        """What the kind remembers besides the window, as plain data."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state` returned.
+
+        Raises:
+            ValueError, TypeError: The state is of another kind.
+        """
+        if state:
+            raise ValueError(f'it has {state!r}: order or samples are others')

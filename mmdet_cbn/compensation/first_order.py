@@ -1,0 +1,114 @@
+"""The paper's compensation: a Taylor polynomial of first order (order 1; Eq. 7 and 8, Appendix B).
+
+The paper keeps nu = E[x^2] and its gradient. The window keeps var and its gradient instead, which is the centred form
+of the same. With delta = theta_t - theta_tau, a = dmu/dtheta . delta and c = dvar/dtheta . delta, Eq. 7, 8 and 10
+become::
+
+    mu'_tau  = mu_tau + a
+    nu'_tau  = nu_tau + dnu/dtheta . delta = var_tau + mu_tau^2 + c + 2 mu_tau a
+    var'_tau = max(nu'_tau, mu'_tau^2) - mu'_tau^2 = max(var_tau + c - a^2, 0)
+
+In exact arithmetic this equals the paper. Here no large numbers cancel where the mean is much larger than the
+deviation.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.grad import conv2d_weight
+
+from ..pairing import ConvCall
+from .base import Compensation
+from .patches import dot_mean_grad, mean_patch
+
+
+class CompensatedStatistics(NamedTuple):
+    """What the window keeps of one iteration tau (stacked: with a leading axis of n)."""
+
+    mean: Tensor  #: mu_tau, [C_out]
+    var: Tensor  #: var_tau, [C_out]
+    mean_grad: Tensor  #: dmu_j / dtheta_j = E[p] (Eq. 15), the same for all j of a group, [C_in, kh, kw]
+    var_grad: Tensor  #: dvar_j / dtheta_j, [C_out, C_in / groups, kh, kw]
+    mean_product: Tensor  #: dmu/dtheta . theta_tau, [C_out]; with it theta_tau itself need not be kept
+    var_product: Tensor  #: dvar/dtheta . theta_tau, [C_out]
+
+
+class FirstOrder(Compensation):
+    """Moves the statistics of earlier iterations along their gradients in theta."""
+
+    Statistics = CompensatedStatistics
+
+    @classmethod
+    def of(cls, order: int, samples: int | None) -> 'FirstOrder | None':
+        return cls() if order == 1 and samples is None else None
+
+    def keep(self, x: Tensor, mean: Tensor, var: Tensor, conv: ConvCall | None) -> CompensatedStatistics:
+        assert conv is not None
+        return CompensatedStatistics(conv.without_bias(mean), var, *statistics_gradients(x, mean, conv))
+
+    def under_current_weights(self, old: CompensatedStatistics, conv: ConvCall | None) -> tuple[Tensor, Tensor] | None:
+        assert conv is not None
+        fits = old.var_grad.shape[1:] == conv.weight.shape
+        return compensate(old, conv.weight, conv.groups) if fits else None
+
+    def could_keep(self, old: Any, num_features: int) -> bool:
+        of_channels = (old.mean, old.var, old.mean_product, old.var_product)
+        return (
+            all(tensor.shape[1:] == (num_features,) for tensor in of_channels)
+            and old.mean_grad.dim() == 4
+            and old.var_grad.dim() == 5
+            and old.var_grad.size(1) == num_features
+        )
+
+
+def statistics_gradients(x: Tensor, mean: Tensor, conv: ConvCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of the current iteration's statistics in theta_t (Appendix B).
+
+    Args:
+        x: Output of the convolution, bias included, [N, C_out, H, W].
+        mean: Mean of ``x``, bias included, [C_out], in the precision of the statistics.
+        conv: The call that made ``x``.
+
+    Returns:
+        The last four members of :class:`CompensatedStatistics`.
+    """
+    positions = x.numel() // x.size(1)
+    inputs, theta = conv.input.to(mean.dtype), conv.weight.to(mean.dtype)
+
+    mean_grad = mean_patch(inputs, x, conv)
+    # dvar_j / dtheta_j = 2 E[(x_j - mu_j) p] is the weight gradient of the convolution for the output gradient
+    # 2 (x - mu) / m. The factor comes last, because that output gradient could underflow.
+    var_grad = conv2d_weight(
+        inputs, list(theta.shape), x - mean.view(-1, 1, 1), conv.stride, conv.padding, conv.dilation, conv.groups
+    ) * (2 / positions)
+    mean_product, var_product = _products(mean_grad.unsqueeze(0), var_grad.unsqueeze(0), theta, conv.groups)
+    return mean_grad, var_grad, mean_product.squeeze(0), var_product.squeeze(0)
+
+
+def compensate(old: CompensatedStatistics, weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Statistics of earlier iterations under the current weights (Eq. 7, 8 and the maximum of Eq. 10).
+
+    Args:
+        old: Statistics of n earlier iterations, stacked.
+        weight: theta_t, [C_out, C_in / groups, kh, kw].
+        groups: Groups of the convolution.
+
+    Returns:
+        mu' and var' of each earlier iteration, [n, C_out] each.
+    """
+    theta = weight.to(old.mean.dtype)
+    mean_product, var_product = _products(old.mean_grad, old.var_grad, theta, groups)
+    mean_change = mean_product - old.mean_product
+    var_change = var_product - old.var_product
+    return old.mean + mean_change, (old.var + var_change - mean_change.square()).clamp(min=0)
+
+
+def _products(mean_grad: Tensor, var_grad: Tensor, theta: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """dmu/dtheta . theta and dvar/dtheta . theta of n iterations, [n, C_out] each.
+
+    On the CPU the result for one iteration does not depend on n, to the last bit. So unchanged weights make no
+    correction at all. Matrix products do not have this property.
+    """
+    by_var = torch.linalg.vecdot(var_grad.reshape(len(var_grad), len(theta), -1), theta.flatten(1))
+    return dot_mean_grad(mean_grad, theta, groups), by_var

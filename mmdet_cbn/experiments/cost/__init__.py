@@ -1,0 +1,1 @@
+"""What CBN costs in time, memory and FLOPs."""

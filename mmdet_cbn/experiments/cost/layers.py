@@ -1,0 +1,93 @@
+"""What one convolution and its normalizer cost, forward and backward, beside BatchNorm."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from mmengine.model import revert_sync_batchnorm
+from torch import Tensor, nn
+
+from ...layers.cbn import CBN
+from .detectors import time_in_alternation
+
+
+class Shape(NamedTuple):
+    name: str
+    channels: tuple[int, int]
+    kernel: int
+    input: tuple[int, int, int]  # [N, H, W]
+
+
+SHAPES = (
+    Shape('256 to 256, 3x3, 256 RoIs of 7x7', (256, 256), 3, (256, 7, 7)),
+    Shape('256 to 256, 3x3, 64 RoIs of 14x14', (256, 256), 3, (64, 14, 14)),
+    Shape('64 to 64, 3x3, 2 maps of 48x80', (64, 64), 3, (2, 48, 80)),
+    Shape('512 to 256, 1x1, 2 maps of 28x28', (512, 256), 1, (2, 28, 28)),
+)
+
+
+class TwoGradients(nn.BatchNorm2d):
+    """The slow peer: CBN with both gradients of the statistics by autograd and the old weights kept, k = 4."""
+
+    def __init__(self, channels: int, conv: nn.Conv2d) -> None:
+        super().__init__(channels)
+        self.conv = [conv]  # in a list, lest it become a part
+        self.past: list[tuple[Tensor, ...]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        theta = self.conv[0].weight
+        mean, square = x.mean(dim=(0, 2, 3)), x.square().mean(dim=(0, 2, 3))
+        gradients = [torch.autograd.grad(s.sum(), theta, retain_graph=True)[0] for s in (mean, square)]
+        with torch.no_grad():
+            moved = [
+                [s + (gradient * (theta - old)).sum(dim=(1, 2, 3)) for s, gradient in zip(p[:2], p[2:4], strict=True)]
+                for p in self.past
+                for old in p[4:]
+            ]
+            self.past = [(mean.detach(), square.detach(), *gradients, theta.clone()), *self.past][:3]
+        means, squares = (torch.stack(all_of) for all_of in zip((mean, square), *moved, strict=True))
+        window_mean = means.mean(dim=0)
+        window_var = torch.maximum(squares, means.square()).mean(dim=0) - window_mean.square()
+        gamma, beta, m, v = (t.view(-1, 1, 1) for t in (self.weight, self.bias, window_mean, window_var))
+        return gamma * (x - m) / (v + self.eps).sqrt() + beta
+
+
+KINDS: dict[str, Callable[[int, nn.Conv2d], nn.Module]] = {
+    'BN': lambda channels, conv: nn.BatchNorm2d(channels),
+    'SyncBN in one process': lambda channels, conv: revert_sync_batchnorm(nn.SyncBatchNorm(channels)),
+    'GN': lambda channels, conv: nn.GroupNorm(32, channels),
+    'two gradients by autograd': TwoGradients,
+    'Naive CBN': lambda channels, conv: CBN(channels, order=0),
+    'CBN': lambda channels, conv: CBN(channels),
+    'CBN, 64 samples': lambda channels, conv: CBN(channels, samples=64),
+}
+
+
+def training_step(kind: str, shape: Shape, x: Tensor, dy: Tensor) -> Callable[[], None]:
+    """Forward and backward of a convolution and normalizer of its own, k = 4.
+
+    The weights stay what they are: that is the same work.
+    """
+    torch.manual_seed(0)
+    conv = nn.Conv2d(*shape.channels, shape.kernel, padding=shape.kernel // 2, bias=False)
+    norm = KINDS[kind](shape.channels[1], conv)
+    inputs = [x, *conv.parameters(), *norm.parameters()]
+
+    def step() -> None:
+        torch.autograd.grad(norm(conv(x)), inputs, dy)
+
+    return step
+
+
+def time_layers(rounds: int, progress: Callable[[], None]) -> dict[str, dict[str, list[float]]]:
+    """Seconds of each round by name of the shape and kind, all kinds in alternation. ``progress`` is called after each
+    step, ``(rounds + 5) * len(SHAPES) * len(KINDS)`` times."""
+    seconds = {}
+    for shape in SHAPES:
+        batch, *size = shape.input
+        x = torch.randn(batch, shape.channels[0], *size, requires_grad=True)
+        dy = torch.randn(batch, shape.channels[1], *size)
+        steps = [training_step(kind, shape, x, dy) for kind in KINDS]
+        times = time_in_alternation(steps, rounds, warmup=5, progress=progress)
+        seconds[shape.name] = dict(zip(KINDS, times, strict=True))
+    return seconds

@@ -1,0 +1,235 @@
+"""What CBN costs beside BatchNorm, measured and counted, with the targets that we set ourselves."""
+
+import gc
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from mmcv.cnn import fuse_conv_bn
+from mmengine.config import Config
+from mmengine.utils import ProgressBar
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+from ...layers.cbn import CBN
+from ..markdown import table
+from .detectors import (
+    Detector,
+    Settings,
+    benchmark,
+    dicts_in,
+    make_inputs,
+    quartiles,
+    time_in_alternation,
+)
+from .layers import KINDS, SHAPES, time_layers
+from .storage import StorageCounter
+
+CONFIGS = Path(__file__).parents[3] / 'configs/cbn'
+SCOPES = {'heads': 'mask-rcnn_r50_fpn_cbn-head_1x_coco.py', 'all': 'mask-rcnn_r50_fpn_cbn-all_1x_coco.py'}
+KINDS_OF_CBN: dict[str, dict[str, Any]] = {
+    'BN': dict(type='BN'),
+    'exact': {},
+    'sampled': dict(samples=64),
+    'sampled, k = 2': dict(samples=64, window_size=2),
+    'sampled, k = 8': dict(samples=64, window_size=8),
+}
+NUM_CLASSES = 80
+SMALL = 448, 320
+
+
+class Row(NamedTuple):
+    measure: str
+    target: str
+    measured: str
+    met: bool
+
+
+def config_of(scope: str, kind: str) -> Config:
+    """Mask R-CNN R50 with CBN in the heads or throughout, its CBN changed to ``kind``."""
+    config = Config.fromfile(CONFIGS / SCOPES[scope])
+    for node in dicts_in(config.model):
+        if node.get('type') == 'CBN':
+            node.update(KINDS_OF_CBN[kind])
+            if node['type'] == 'BN':
+                del node['window_size']
+    return config
+
+
+def at_most(measure: str, most: float, values: float | np.ndarray, remark: str = '') -> Row:
+    """A row whose median must be at most ``most``."""
+    measured = f'{values:.4f}' if np.ndim(values) == 0 else spread(values)
+    return Row(measure, f'<= {most:.2f}', f'{measured}{remark and ", "}{remark}', float(np.median(values)) <= most)
+
+
+def spread(values: Any) -> str:
+    """Median (first to third quartile)."""
+    return '{median:.3f} ({q1:.3f} to {q3:.3f})'.format(**quartiles(values))
+
+
+def ratios(seconds: dict[str, list[float]], kind: str, base: str = 'BN') -> np.ndarray:
+    """Of the times of two kinds in the same round."""
+    return np.array(seconds[kind]) / np.array(seconds[base])
+
+
+def layer_rows(times: dict[str, dict[str, list[float]]]) -> list[Row]:
+    exact, peer, sampled = (
+        sorted((ratios(seconds, *kinds) for seconds in times.values()), key=np.median)
+        for kinds in (['CBN'], ['CBN', 'two gradients by autograd'], ['CBN, 64 samples'])
+    )
+    name = 'convolution and norm, time / BN,'
+    return [
+        at_most(f'{name} exact, worst shape', 1.40, exact[-1]),
+        at_most('the same / two gradients by autograd', 0.75, peer[-1]),
+        at_most(f'{name} sampled, median shape', 1.06, float(np.median([np.median(ratio) for ratio in sampled]))),
+        at_most(f'{name} sampled, worst shape', 1.15, sampled[-1]),
+    ]
+
+
+def layer_table(times: dict[str, dict[str, list[float]]]) -> str:
+    others = list(KINDS)[1:]
+    rows = [
+        [shape, f'{1000 * np.median(seconds["BN"]):.1f}', *(spread(ratios(seconds, kind)) for kind in others)]
+        for shape, seconds in times.items()
+    ]
+    return table(['shape', 'BN, ms', *others], rows)
+
+
+def feeding_convolutions(detector: Detector) -> list[tuple[CBN, nn.Conv2d, int]]:
+    """Each CBN in training, the convolution that feeds it, and the FLOPs of one weight gradient of that, in a step."""
+    found = []
+    last: tuple[nn.Conv2d, int]
+
+    def remember(module: nn.Module, _: Any, output: Any) -> None:
+        nonlocal last
+        if isinstance(module, nn.Conv2d):
+            last = module, 2 * output.numel() * module.weight[0].numel()
+
+    def pair(module: nn.Module, _: Any) -> None:
+        if isinstance(module, CBN) and module.training:
+            found.append((module, *last))
+
+    with register_module_forward_hook(remember), register_module_forward_pre_hook(pair):
+        detector.train_step()
+    return found
+
+
+def peak_memory(config: Config, settings: Settings) -> int:
+    """The most bytes alive in a training step, with full windows."""
+    gc.collect()
+    one, inputs = (make_inputs(count, settings.size, NUM_CLASSES) for count in (1, settings.batch_size))
+    with StorageCounter() as counter:
+        detector = Detector(config, settings, one, one)
+        detector.fill_window()
+        detector.inputs = inputs
+        counter.peak = counter.alive
+        detector.train_step()
+    return counter.peak
+
+
+def step_rows(scope: str, results: dict[str, dict[str, Any]], peaks: dict[str, int], gradient_flops: int) -> list[Row]:
+    """Of a training step of the whole detector."""
+    seconds = {kind: row['training_seconds'] for kind, row in results.items()}
+    flops = {kind: row['training_flops'] for kind, row in results.items()}
+    exact, sampled = ratios(seconds, 'exact'), ratios(seconds, 'sampled')
+    growth = ratios(seconds, 'sampled, k = 8') - ratios(seconds, 'sampled, k = 2')
+    beyond = (flops['exact'] - gradient_flops) / flops['BN']
+    with_it = f'with it {flops["exact"] / flops["BN"]:.3f}'
+    return [
+        at_most(f'{scope}, exact: time / BN', 1.22 if scope == 'heads' else 1.30, exact),
+        at_most(f'{scope}, sampled: time / BN', 1.03, sampled),
+        at_most(f'{scope}, sampled: time for k = 8 less that for k = 2, / BN', 0.02, growth),
+        at_most(f'{scope}, exact: FLOPs / BN, without a weight gradient for each CBN', 1.01, beyond, with_it),
+        at_most(f'{scope}, sampled: FLOPs / BN', 1.01, flops['sampled'] / flops['BN']),
+        at_most(f'{scope}, exact: peak memory / BN', 1.03, peaks['exact'] / peaks['BN']),
+        at_most(f'{scope}, sampled: peak memory / BN', 1.01, peaks['sampled'] / peaks['BN']),
+    ]
+
+
+def window_rows(scope: str) -> list[Row]:
+    """Bytes that the windows hold for an old iteration, in weights of the convolutions."""
+    rows = []
+    for kind, most in (('exact', 1.1), ('sampled', 0.3)):
+        detector = detector_of(scope, kind)
+        detector.fill_window()
+        layers = feeding_convolutions(detector)
+        held = [(cbn.windows.current.nbytes / 3, conv.weight.nbytes) for cbn, conv, _ in layers]
+        windows, weights = map(sum, zip(*held, strict=True))
+        worst = f'{max(window / weight for window, weight in held):.3f} in the worst layer'
+        rows.append(at_most(f'{scope}, {kind}: window an old iteration / weights', most, windows / weights, worst))
+    return rows
+
+
+def inference_rows(rounds: int) -> list[Row]:
+    """CBN throughout, in evaluation, with BN's checkpoint."""
+    bn, cbn = detectors = [detector_of('all', kind) for kind in ('BN', 'exact')]
+    for _ in range(3):
+        bn.train_step()  # for running statistics that are not 0 and 1
+    cbn.model.load_state_dict(bn.model.state_dict())
+    rows = []
+    for name in ('inference', 'inference after fuse_conv_bn'):
+        predictions = []
+        for detector in detectors:
+            detector.model.eval()
+            if 'fuse' in name:
+                detector.model = fuse_conv_bn(detector.model)
+            predictions.append(detector.test_step()[0].pred_instances)
+        equal = all(torch.equal(value, predictions[1][key]) for key, value in predictions[0].items())
+        seconds = time_in_alternation([detector.test_step for detector in detectors], rounds, warmup=2)
+        rows.append(
+            at_most(f'{name}: time / BN', 1.02, np.divide(seconds[1], seconds[0]), 'equal' if equal else 'UNEQUAL')
+        )
+        rows[-1] = rows[-1]._replace(target=f'{rows[-1].target}, equal bit for bit', met=rows[-1].met and equal)
+    return rows
+
+
+def detector_of(scope: str, kind: str) -> Detector:
+    """With inputs of a size whose smallest map has more than 64 positions."""
+    one = make_inputs(1, SMALL, NUM_CLASSES)
+    return Detector(config_of(scope, kind), Settings('cpu', SMALL, 1), one, one)
+
+
+def measure_cost(rounds: int, layer_rounds: int, size: tuple[int, int]) -> tuple[str, dict[str, Any]]:
+    """Measure all, with progress bars on stderr.
+
+    Args:
+        rounds: Timed steps of each detector.
+        layer_rounds: Timed steps of each single layer.
+        size: Width and height of the detectors' images, in pixels.
+
+    Returns:
+        The page in Markdown, and all that was measured as plain data.
+    """
+    bar = ProgressBar(len(SHAPES) * len(KINDS) * (layer_rounds + 5), file=sys.stderr)
+    layers = time_layers(layer_rounds, bar.update)
+    found = layer_rows(layers)
+    settings, paper = (Settings('cpu', size, batch_size, rounds, 1) for batch_size in (1, 4))
+    raw: dict[str, Any] = dict(settings=settings.described(), layers=layers)
+    for scope in SCOPES:
+        configs = {kind: config_of(scope, kind) for kind in KINDS_OF_CBN}
+        results = dict(zip(configs, benchmark(list(configs.values()), settings)['rows'], strict=True))
+        peaks = {kind: peak_memory(configs[kind], paper) for kind in ('BN', 'exact', 'sampled')}
+        one = make_inputs(1, settings.size, NUM_CLASSES)
+        gradients = sum(flops for *_, flops in feeding_convolutions(Detector(configs['exact'], settings, one, one)))
+        found += step_rows(scope, results, peaks, gradients) + window_rows(scope)
+        raw[scope] = dict(results=results, peaks=peaks, weight_gradient_flops=gradients)
+    found += inference_rows(2 * rounds)
+    raw['rows'] = [row._asdict() for row in found]
+
+    where = '{device_name}, {threads} threads, torch {torch}'.format(**raw['settings'])
+    width, height = settings.size
+    page = (
+        f'Measured by `tools/cost.py` on {where}. Times are medians (first to third quartile) over rounds in '
+        f'which all kinds take turns. The detector is Mask R-CNN R50 FPN with 4conv1fc heads, k = 4, on images of '
+        f'{width}x{height}: 1 for times and FLOPs, 4 for memory (the most bytes that tensors hold at one time). '
+        '"Sampled" is `samples=64`; "heads" is CBN in FPN and heads, "all" in the backbone too.\n\n'
+        + table(
+            ['measure', 'target', 'measured', 'met'],
+            [[row.measure, row.target, row.measured, 'yes' if row.met else 'no'] for row in found],
+        )
+        + '\nOne convolution and its normalizer, forward and backward, time / BN:\n\n'
+        + layer_table(layers)
+    )
+    return page, raw

@@ -1,0 +1,1 @@
+"""Small data sets in COCO format, drawn or made from stored images."""

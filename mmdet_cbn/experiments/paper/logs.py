@@ -1,0 +1,234 @@
+"""What mmengine's logs tell of our runs, and which rows of the paper these runs are."""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mmengine.config import Config
+
+from ...errors import errors_name_file
+from .runs import NOTHING_DETECTED, SETTINGS, evaluations, load
+from .tables import BOX, Row, Table
+
+# What decides on a result. Where the data lie and how they are loaded does not.
+_DECISIVE = (
+    'model',
+    'train_dataloader',
+    'val_dataloader',
+    'val_evaluator',
+    'optim_wrapper',
+    'param_scheduler',
+    'train_cfg',
+    'custom_hooks',
+    'auto_scale_lr',
+)
+_INDIFFERENT = {
+    '_scope_',
+    'ann_file',
+    'backend_args',
+    'data_root',
+    'num_workers',
+    'persistent_workers',
+    'pin_memory',
+    'prefetch_factor',
+}
+
+
+class Run(NamedTuple):
+    """One training, as its logs tell."""
+
+    work_dir: Path
+    config: str  #: name of its config, or of the config whose small twin it is
+    name: str | None  #: of the row's run, by tools/reproduce.py; None by train.py alone
+    settings: dict[str, Any]  #: what decides on the result, by dotted key; with the number of GPUs
+    curve: dict[int, dict[str, float]]  #: metrics by epochs trained, APs in percent
+    metrics: dict[str, float]  #: of the last epoch; empty while it has not been evaluated
+    epochs: int  #: of the whole training
+    nothing_detected: bool = False  #: by the last epoch: then its APs are 0, without mmdet having given any
+
+
+class Entry(NamedTuple):
+    """Our trials of a row under one and the same settings."""
+
+    runs: list[Run]
+    differences: tuple[str, ...]  #: settings that are not the paper's, or not our study's
+
+    @property
+    def finished(self) -> list[Run]:
+        return [run for run in self.runs if run.metrics]
+
+
+def find_runs(places: Iterable[Path]) -> list[Run]:
+    """All trainings whose logs lie under the folders, or that :func:`store_runs` wrote to the files.
+
+    Raises:
+        RuntimeError: A file is not what mmengine, tools/reproduce.py or :func:`store_runs` writes.
+    """
+    stored: list[Run] = []
+    work_dirs = set()
+    for place in places:
+        if Path(place).is_file():
+            stored += _stored_runs(place)
+        else:
+            work_dirs |= {file.parents[2] for file in Path(place).rglob('vis_data/scalars.json')}
+    return stored + [read_run(work_dir) for work_dir in sorted(work_dirs)]
+
+
+def store_runs(runs: Iterable[Run], file: Path) -> None:
+    """Write what the logs tell of the runs to one small file: settings that all share stand there once."""
+    runs = list(runs)
+    shared = dict(set.intersection(*({(key, json.dumps(v)) for key, v in run.settings.items()} for run in runs)))
+    lines = [
+        json.dumps(
+            {
+                **run._asdict(),
+                'work_dir': f'{run.work_dir.parent.name}/{run.work_dir.name}',
+                'settings': {key: value for key, value in sorted(run.settings.items()) if key not in shared},
+            }
+        )
+        for run in runs
+    ]
+    settings = json.dumps({key: json.loads(value) for key, value in sorted(shared.items())})
+    run_lines = ',\n'.join(lines)
+    file.write_text(f'{{"settings": {settings},\n"runs": [\n{run_lines}\n]}}\n')
+
+
+def _stored_runs(file: Path) -> list[Run]:
+    with errors_name_file(file, 'is not what tools/report.py writes'):
+        stored = json.loads(file.read_text())
+        return [
+            Run(
+                **{
+                    **run,
+                    'work_dir': Path(run['work_dir']),
+                    'settings': {**stored['settings'], **run['settings']},
+                    'curve': {int(epoch): metrics for epoch, metrics in run['curve'].items()},
+                }
+            )
+            for run in stored['runs']
+        ]
+
+
+def read_run(work_dir: Path) -> Run:
+    """Read the logs of a work_dir of mmdet's tools/train.py, resumed or not.
+
+    Its config is run as Python, as mmengine does it.
+
+    Raises:
+        RuntimeError: A file is not what mmengine or tools/reproduce.py writes.
+    """
+    with errors_name_file(work_dir, 'has no logs of a training'):
+        return _read_run(work_dir)
+
+
+def _read_run(work_dir: Path) -> Run:
+    curve: dict[int, dict[str, float]] = {}
+    for file in sorted(work_dir.glob('*/vis_data/scalars.json')):  # in the order of time
+        with errors_name_file(file, 'is no log of mmengine'):
+            for line in file.read_text().splitlines(keepends=True):
+                if '_mAP' not in line:
+                    continue
+                try:
+                    logged = json.loads(line)
+                except ValueError:
+                    if line.endswith('\n'):
+                        raise
+                    continue  # killed while it was written
+                if metrics := _percent(logged):
+                    curve[logged['step']] = metrics
+        for log in file.parents[1].glob('*.log'):
+            curve |= {int(epoch): {} for epoch in _VALIDATED_NOTHING.findall(log.read_text())}
+    newest = max(work_dir.glob('*/vis_data/config.py'))
+    with errors_name_file(newest, 'is no config of mmengine'):
+        config = Config.fromfile(newest)
+    epochs = config.train_cfg.max_epochs
+    tested = evaluations(work_dir)
+    nothing_detected = not tested[-1] if tested else curve.get(epochs) == {}
+    zeros = dict.fromkeys(_names_of_aps(config), 0.0)
+    curve = {epoch: metrics or zeros for epoch, metrics in curve.items()}
+    metrics = zeros if nothing_detected else _percent(tested[-1]) if tested else curve.get(epochs, {})
+    gpus = [int(found) for file in newest.parents[1].glob('*.log') for found in _GPUS.findall(file.read_text())]
+    name = config.get('row') or next(work_dir.glob('*.py')).stem
+    reproduced = work_dir / SETTINGS
+    with errors_name_file(reproduced, 'is not what tools/reproduce.py writes'):
+        row_run = json.loads(reproduced.read_text())['run'] if reproduced.is_file() else None
+    settings = {**settings_of(config), 'GPUs': gpus[-1]}
+    return Run(work_dir, name, row_run, settings, curve, metrics, epochs, nothing_detected)
+
+
+_GPUS = re.compile(r'GPU number: (\d+)')
+# The next line on a whole validation names the epoch. There is none if it was killed before.
+_VALIDATED_NOTHING = re.compile(rf'{re.escape(NOTHING_DETECTED)}$.*?Epoch\(val\) +\[(\d+)\]', re.DOTALL | re.MULTILINE)
+
+
+def _names_of_aps(config: Config) -> list[str]:
+    """The APs that the validation of a config gives where anything is detected."""
+    kinds = config.get('val_evaluator', {}).get('metric', 'bbox')
+    return [name.replace('bbox', kind) for kind in ([kinds] if isinstance(kinds, str) else kinds) for name in BOX]
+
+
+def _percent(line: Mapping[str, Any]) -> dict[str, float]:
+    """The APs of a log line, in percent. COCO has -1 where there is no object of the kind."""
+    return {
+        key.rpartition('/')[2]: 100 * value
+        for key, value in line.items()
+        if '_mAP' in key and isinstance(value, int | float) and value >= 0
+    }
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """What decides on the result of a config, by dotted key."""
+    return dict(_flatten({key: config.get(key) for key in _DECISIVE}))
+
+
+def _flatten(value: Any, prefix: str = '') -> Iterable[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        items: Iterable[tuple[Any, Any]] = value.items()
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    else:
+        yield prefix, value
+        return
+    for key, item in items:
+        if key not in _INDIFFERENT:
+            yield from _flatten(item, f'{prefix}.{key}' if prefix else str(key))
+
+
+def collect(table: Table, runs: Iterable[Run], configs: Path) -> dict[str, list[Entry]]:
+    """Our trials of each row of a table, by the name of the row; those with the paper's settings first.
+
+    A run of tools/reproduce.py knows its row. Another belongs to the rows of its config; among these, to the one whose
+    options it has.
+
+    Args:
+        table: A table or figure of the paper.
+        runs: What was trained.
+        configs: The folder of the configs.
+    """
+    found: dict[str, dict[tuple[str, ...], list[Run]]] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        rows = [row for row in table.rows if (row.config if run.name is None else row.run) == (run.name or run.config)]
+        candidates = {row.name: _differences(run, row, table.gpus, configs) for row in rows}
+        if not candidates:
+            continue
+        name, differences = min(candidates.items(), key=lambda item: len(item[1]))
+        found[name][differences].append(run)
+    return {
+        name: [Entry(group, differences) for differences, group in sorted(entries.items(), key=lambda e: len(e[0]))]
+        for name, entries in found.items()
+    }
+
+
+def _differences(run: Run, row: Row, gpus: int, configs: Path) -> tuple[str, ...]:
+    config = load(configs / row.file)
+    merged = config.copy()
+    merged.merge_from_dict(row.options_for(config))
+    recipe = {**settings_of(merged), 'GPUs': gpus}
+    return tuple(
+        f'{key} = {run.settings.get(key)} ({recipe.get(key)})'
+        for key in sorted(recipe.keys() | run.settings.keys())
+        if run.settings.get(key) != recipe.get(key)
+    )

@@ -1,0 +1,291 @@
+"""Our runs beside the paper's numbers, as Markdown, CSV and plots."""
+
+import csv
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from .logs import Entry, Run, collect, store_runs
+from .tables import TABLES, Row, Table
+
+
+def summarize(runs: list[Run], metric: str) -> tuple[float, float | None] | None:
+    """Mean and sample standard deviation (None for a single trial) of a metric; None if no trial has it."""
+    values = [run.metrics[metric] for run in runs if metric in run.metrics]
+    if not values:
+        return None
+    return mean(values), stdev(values) if len(values) > 1 else None
+
+
+def markdown(table: Table, entries: Mapping[str, list[Entry]], trials: int = 1, links: str | None = None) -> str:
+    """A table with the paper's numbers, ours and their difference, and what is missing.
+
+    Args:
+        table: A table or figure of the paper, or of our study: then there are our numbers only.
+        entries: Our trials by the name of the row.
+        trials: How many trials a row should have.
+        links: Path from the text to configs/cbn with a slash at its end, to link the configs with; None for no links.
+    """
+    if table.is_ours:
+        return _markdown_of_study(table, entries, trials)
+    lines = _heading(table, [*table.labels, '', *(_short(metric) for metric in table.metrics), 'config'])
+    notes: list[str] = []
+    missing = []
+    for row in table.rows:
+        config = row.config if links is None else f'[{row.config}]({links}{row.config}.py)'
+        if row.options or row.times_images > 1:
+            config += f', {_options_in_words(row)}'
+        paper = [f'{row.paper[metric]:.1f}' if metric in row.paper else '' for metric in table.metrics]
+        lines.append(_line([*row.labels, 'paper' if row.paper else 'paper: no number', *paper, config]))
+        finished = 0
+        for entry in entries.get(row.name, []):
+            if not entry.finished:
+                continue
+            results = [summarize(entry.finished, metric) for metric in table.metrics]
+            who = f'ours, {_trials(entry.finished)}'
+            if entry.differences:
+                note = _note(entry)
+                notes += [note] * (note not in notes)
+                who += f', not as in the paper ({notes.index(note) + 1})'
+            cells = ['-' if result is None else _with_deviation(*result) for result in results]
+            lines.append(_line([*[''] * len(row.labels), who, *cells, '']))
+            if not entry.differences:
+                finished = len(entry.finished)
+                gaps = [
+                    '' if result is None or metric not in row.paper else f'{result[0] - row.paper[metric]:+.1f}'
+                    for metric, result in zip(table.metrics, results, strict=True)
+                ]
+                if any(gaps):
+                    lines.append(_line([*[''] * len(row.labels), 'difference', *gaps, '']))
+        if finished < trials:
+            missing.append(f'{row.name} ({_progress(entries.get(row.name, []), finished, trials)})')
+    if notes:
+        lines += ['', *(f'({number}) {note}' for number, note in enumerate(notes, 1))]
+    lines += _nothing_detected(table, entries)
+    if len(missing) == len(table.rows) and not entries:
+        lines += ['', 'We have trained none of these.']
+    elif missing:
+        lines += ['', f'Not trained by us, or not as in the paper: {", ".join(missing)}.']
+    return '\n'.join(lines) + '\n'
+
+
+def _markdown_of_study(table: Table, entries: Mapping[str, list[Entry]], trials: int) -> str:
+    lines = _heading(table, [*table.labels, *(_short(metric) for metric in table.metrics), 'trials'])
+    missing = []
+    for row in table.rows:
+        as_planned = [entry for entry in entries.get(row.name, []) if not entry.differences]
+        runs = [run for entry in as_planned for run in entry.finished]
+        results = [summarize(runs, metric) for metric in table.metrics]
+        cells = ['-' if result is None else _with_deviation(*result) for result in results]
+        lines.append(_line([*row.labels, *cells, len(runs)]))
+        if len(runs) < trials:
+            missing.append(f'{row.name} ({_progress(entries.get(row.name, []), len(runs), trials)})')
+    lines += _nothing_detected(table, entries)
+    if missing:
+        lines += ['', f'Not trained: {", ".join(missing)}.']
+    return '\n'.join(lines) + '\n'
+
+
+def _nothing_detected(table: Table, entries: Mapping[str, list[Entry]]) -> list[str]:
+    """Which rows have trials that ended without a single detection."""
+    found = []
+    for row in table.rows:
+        finished = [run for entry in entries.get(row.name, []) for run in entry.finished]
+        if number := sum(run.nothing_detected for run in finished):
+            found.append(f'{row.name} ({number} of {_trials(finished)})')
+    return ['', f'Nothing was detected, which counts as AP 0: {", ".join(found)}.'] if found else []
+
+
+def _heading(table: Table, heads: list[str]) -> list[str]:
+    return [f'### {table.title}', '', _line(heads), _line(['---'] * len(heads))]
+
+
+def _trials(runs: list[Run]) -> str:
+    return f'{len(runs)} trial{"s" * (len(runs) > 1)}'
+
+
+def _line(cells: Iterable[Any]) -> str:
+    return f'| {" | ".join(str(cell) for cell in cells)} |'
+
+
+def _short(metric: str) -> str:
+    """``bbox_mAP_50`` as ``box AP50``; what is no AP as it is."""
+    return metric.replace('bbox_mAP', 'box AP').replace('segm_mAP', 'mask AP').replace('_', '')
+
+
+def _with_deviation(value: float, deviation: float | None) -> str:
+    return f'{value:.1f}' if deviation is None else f'{value:.1f} ± {deviation:.1f}'
+
+
+def _options_in_words(row: Row) -> str:
+    words = {f'{key.rpartition(".")[2]}={value}' for key, value in row.options.items()}
+    if row.times_images > 1:
+        words.add(f'{row.times_images} times the images per GPU and the learning rate')
+    return ', '.join(sorted(words))
+
+
+def _note(entry: Entry, shown: int = 4) -> str:
+    rest = len(entry.differences) - shown
+    text = f"Other settings, the paper's in brackets: {'; '.join(entry.differences[:shown])}"
+    return f'{text}; and {rest} more.' if rest > 0 else f'{text}.'
+
+
+def _progress(entries: list[Entry], finished: int, trials: int) -> str:
+    begun = [run for entry in entries if not entry.differences for run in entry.runs if not run.metrics]
+    states = [f'epoch {max(run.curve, default=0)} of {run.epochs}' for run in begun]
+    return '; '.join([f'{finished} of {trials}', *states])
+
+
+def write_csv(file: Path, table: Table, entries: Mapping[str, list[Entry]]) -> None:
+    """The same as numbers, one line a row, metric and setting."""
+    with open(file, 'w', newline='') as stream:
+        writer = csv.writer(stream)
+        writer.writerow(
+            [
+                'table',
+                'row',
+                'config',
+                'metric',
+                'paper',
+                'ours',
+                'deviation',
+                'trials',
+                'difference',
+                'as in the paper',
+                'nothing detected',
+            ]
+        )
+        for row in table.rows:
+            for entry in entries.get(row.name) or [Entry([], ())]:
+                for metric in table.metrics:
+                    result = summarize(entry.finished, metric)
+                    paper = row.paper.get(metric)
+                    comparable = result is not None and paper is not None and not entry.differences
+                    writer.writerow(
+                        [
+                            table.name,
+                            row.name,
+                            row.config,
+                            metric,
+                            paper,
+                            result and round(result[0], 3),
+                            result and result[1] and round(result[1], 3),
+                            len(entry.finished),
+                            round(result[0] - paper, 3) if comparable else None,  # type: ignore[index, operator]
+                            not entry.differences if entry.runs else None,
+                            sum(run.nothing_detected for run in entry.finished),
+                        ]
+                    )
+
+
+def plot_curves(table: Table, entries: Mapping[str, list[Entry]]) -> Figure | None:
+    """AP over epochs, a line a row: the mean over trials, with the range that they span. None without any run."""
+    metric = table.metrics[0]
+    figure = Figure(figsize=(8, 5), layout='constrained')
+    axes = figure.subplots()
+    for row in table.rows:
+        for entry in entries.get(row.name, []):
+            values = defaultdict(list)
+            for run in entry.runs:
+                for epoch, metrics in run.curve.items():
+                    if metric in metrics:
+                        values[epoch].append(metrics[metric])
+            if not values:
+                continue
+            epochs = sorted(values)
+            name = ', '.join(map(str, row.labels))
+            label = f'{name}: {_trials(entry.runs)}{", not as in the paper" * bool(entry.differences)}'
+            (line,) = axes.plot(
+                epochs, [mean(values[epoch]) for epoch in epochs], marker='o', markersize=3, label=label
+            )
+            low, high = ([pick(values[epoch]) for epoch in epochs] for pick in (min, max))
+            axes.fill_between(epochs, low, high, alpha=0.2, color=line.get_color())
+            if metric in row.paper and not entry.differences:
+                axes.axhline(row.paper[metric], linestyle=':', color=line.get_color(), label=f'{name}: the paper')
+    if not axes.lines:
+        return None
+    axes.set(title=table.title, xlabel='epochs', ylabel=f'{_short(metric)} (%)')
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize='small')
+    return figure
+
+
+def plot_figure(table: Table, entries: Mapping[str, list[Entry]]) -> Figure | None:
+    """AP over k or burn-in, a line a method: mean and deviation over trials, and the points that the paper names.
+
+    None without any finished run.
+    """
+    metric = table.metrics[0]
+    figure = Figure(figsize=(7, 5), layout='constrained')
+    axes = figure.subplots()
+    for method in dict.fromkeys(row.labels[0] for row in table.rows):
+        points = []
+        for row in table.rows:
+            if row.labels[0] != method:
+                continue
+            if metric in row.paper:
+                axes.plot(row.labels[1], row.paper[metric], '*', color='black', markersize=10, fillstyle='none')
+            for entry in entries.get(row.name, [])[:1]:
+                if result := summarize(entry.finished, metric):
+                    points.append((row.labels[1], result[0], result[1] or 0, bool(entry.differences)))
+        if points:
+            xs, means, deviations, changed = zip(*sorted(points), strict=True)
+            name = f'{method}, not as in the paper' if any(changed) else str(method)
+            axes.errorbar(xs, means, deviations, marker='o', capsize=3, label=name)
+    if not axes.containers:
+        return None
+    if not table.is_ours:
+        axes.plot([], [], '*', color='black', markersize=10, fillstyle='none', label='paper, where it gives the number')
+    axes.set(title=table.title, xlabel=table.labels[1], ylabel=f'{_short(metric)} (%)')
+    ticks = sorted({float(row.labels[1]) for row in table.rows})
+    if ticks[0] > 0:
+        axes.set_xscale('log', base=2)
+    axes.set_xticks(ticks, [f'{tick:g}' for tick in ticks])
+    axes.title.set_fontsize('medium')
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize='small')
+    return figure
+
+
+def write_report(
+    runs: list[Run], out: Path, configs: Path, trials: int, tables: Iterable[Table] = TABLES
+) -> list[Path]:
+    """Write Markdown, CSV and plots of tables but Table 8, which tools/benchmark.py makes, and the runs themselves.
+
+    Args:
+        runs: What was trained.
+        out: Folder to write to.
+        configs: The folder of the configs.
+        trials: How many trials a row should have.
+        tables: The tables.
+
+    Returns:
+        The files written.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    written = []
+    if runs:
+        store_runs(runs, out / 'runs.json')
+        written.append(out / 'runs.json')
+    for table in tables:
+        if table.number == '8':
+            continue
+        entries = collect(table, runs, configs)
+        (out / f'{table.name}.md').write_text(markdown(table, entries, trials))
+        write_csv(out / f'{table.name}.csv', table, entries)
+        written += [out / f'{table.name}.md', out / f'{table.name}.csv']
+        figures = {
+            'epochs': None if table.is_ours else plot_curves(table, entries),
+            'results': plot_figure(table, entries) if table.is_figure else None,
+        }
+        for kind, figure in figures.items():
+            if figure is not None:
+                figure.savefig(out / f'{table.name}-{kind}.png', dpi=120)
+                written.append(out / f'{table.name}-{kind}.png')
+    return written

@@ -1,0 +1,1 @@
+"""The normalization layers. They need torch and mmengine alone."""

@@ -1,0 +1,436 @@
+"""The normalizer: Cross-Iteration Batch Normalization (Yao et al., Cross-Iteration Batch Normalization)."""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar
+
+import torch
+from mmengine.logging import print_log
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..arguments import check_choice, check_int, check_names, shown
+from ..compensation import make_compensation
+from ..errors import refuse_data_parallel, title_of
+from ..old_torch import IS_BEFORE_2_8, is_compiling, outside_graphs_in_training
+from ..pairing import ConvCall, ConvFinder, why_unsupported
+from ..window.calls import CallWindows
+from .compilation import opaque_to_compiler
+from .conversion import active_norms, convert_in_place, select
+from .diagnosis import Diagnosis, DiagnosisRecorder
+from .normalization import WindowNorm
+from .running import Running, batch_norm, update_running
+from .statistics import batch_statistics, window_statistics
+from .step import WindowStep, once_per_step
+
+Model = TypeVar('Model', bound=nn.Module)
+
+_is_exporting = getattr(torch.compiler, 'is_exporting', bool)  # an old torch has no such function: never
+
+_REMEDY = (
+    "Use order=0 (Naive CBN), which needs no convolution, or type='BN', in the norm_cfg of this layer; "
+    'or call the layer as norm(conv(x)) with a torch.nn.Conv2d.'
+)
+if IS_BEFORE_2_8:
+    _REMEDY += (
+        ' Under torch.compile the layer does not see the call: train one step without torch.compile before, or use '
+        'torch >= 2.8.'
+    )
+
+
+@MODELS.register_module()
+class CBN(nn.BatchNorm2d):
+    """Batch normalization over the last k iterations, corrected for the change of the weights since then.
+
+    In training the layer normalizes with the statistics of the current batch and of the ``window_size - 1`` iterations
+    before it on the same GPU. A Taylor polynomial of first order moves the earlier statistics to the current weights of
+    the convolution that feeds the layer (Eq. 7 to 12, Algorithm 1). The layer finds this convolution by itself: just
+    call ``norm(conv(x))``.
+
+    Everything else is as in ``nn.BatchNorm2d``: evaluation, parameters, checkpoints, and training with
+    ``window_size=1``, during burn-in, or on an empty input. The window is not in the state dict. It fills anew after a
+    checkpoint was loaded, unless :class:`CBNBurnInHook` saves it for a resumed run.
+
+    Where the paper is silent:
+
+    - Statistics with inf or NaN enter neither the window nor the running statistics.
+    - With ``order`` 1 or 2 a bias of the convolution cancels and receives no gradient.
+    - Statistics are float32 or float64, whatever the precision of the input.
+    - A layer that is called several times in an iteration keeps one window for each call, in the order of the calls.
+      Examples are a head shared by the levels of an FPN, and a norm behind two convolutions.
+    - A backward pass through the layer ends an iteration. So each micro-batch counts under gradient accumulation.
+
+    Double backward is not supported.
+
+    Args:
+        num_features: C of an input of [N, C, H, W].
+        eps: Added to the variance.
+        momentum: Weight of the current iteration in the running statistics; None for their cumulative average.
+        affine: Whether to learn gamma and beta.
+        track_running_stats: Whether to keep running statistics.
+        window_size: The paper's k. It counts the current iteration, too. ``'auto'`` means
+            min(ceil(16 / images per GPU), 8) (section 4.3); :class:`CBNBurnInHook` sets it from the train dataloader.
+        order: Order of the Taylor polynomial. 1 is the paper's compensation. 0 is none (Naive CBN), which needs no
+            convolution. 2 (Table 9) is exact for the layer and slow: it keeps the covariance of the patches,
+            (C_in / groups kh kw)^2 numbers for each group and earlier iteration.
+        samples: Estimate the correction from this many sampled positions of each iteration (e.g. 64) instead of
+            gradients. It has no error from ending the Taylor series, but one from sampling. With all positions it is
+            exact for the layer. None for the paper's compensation by gradients at all positions.
+        running_stats: Which statistics the running averages record. ``'window'``: those that the layer normalized
+            with, so that evaluation scales as training did. ``'batch'``: those of the current batch, as in BatchNorm
+            and in the authors' code.
+        conv: The convolution that feeds the layer, for models that you build yourself. It does not become a part of
+            the layer. None to find it in training.
+        device: Of parameters and buffers, as in torch.
+        dtype: Of parameters and buffers, as in torch.
+
+    Attributes:
+        burn_in (bool): While True, train as ``nn.BatchNorm2d`` (k = 1). :class:`CBNBurnInHook` sets it.
+        window_length (int): Over how many iterations the last training forward averaged; 0 before the first.
+        windows (CallWindows): What the layer remembers, one window for each of its calls in an iteration.
+        diagnose (bool): While True, record what :meth:`diagnosis` returns, which costs a few small operators.
+            :class:`CBNBurnInHook` sets it with ``diagnostics=True``.
+
+    Shape:
+        [N, C, H, W] to [N, C, H, W].
+
+    Raises:
+        TypeError: An argument has a wrong type.
+        ValueError: An argument has a value that is not allowed; in training, the input has one value a channel, as in
+            torch.
+        RuntimeError: In training: the input has another number of channels; ``torch.nn.DataParallel`` replicates the
+            layer; it is unknown which call of a checkpointed block runs again; ``window_size`` is still ``'auto'``;
+            under ``torch.export``. In the first training forward with ``order`` 1 or 2: no supported convolution feeds
+            the layer, or torch < 2.8 compiles it.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        window_size: int | Literal['auto'] = 4,
+        order: int = 1,
+        samples: int | None = None,
+        running_stats: Literal['batch', 'window'] = 'window',
+        conv: nn.Conv2d | None = None,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        num_features = check_int('CBN', 'num_features', num_features, at_least=1)
+        order = check_int('CBN', 'order', order, at_least=0)
+        if order > 2:
+            raise ValueError(f'CBN: order must be 0 (Naive CBN), 1 or 2 (of the Taylor polynomial), got {shown(order)}')
+        if samples is not None:
+            samples = check_int('CBN', 'samples', samples, at_least=2, alternative=' or None')
+            if order != 1:
+                raise ValueError(f'CBN: samples must be None with order={order}, got {samples}; they go with order=1')
+        check_choice('CBN', 'running_stats', running_stats, ('batch', 'window'))
+        if conv is not None:
+            _check_conv(conv, num_features)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        self.order = order
+        self.samples = samples
+        self.running_stats = running_stats
+        self.compensation = make_compensation(order, samples)
+        self.burn_in = False
+        self.window_length = 0
+        self.diagnose = False
+        self.step_hooks: OrderedDict[int, Callable[[CBN, WindowStep], None]] = OrderedDict()
+        self._recorder = DiagnosisRecorder()
+        self._has_warned = False
+        self._finder = ConvFinder(conv)
+        # On the device: the host must not wait for it.
+        self._bad_batches = torch.zeros((), dtype=torch.long, device=device)
+        self.window_size = window_size
+
+    @outside_graphs_in_training
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize ``input``, the output of a convolution, [N, C, H, W] (Algorithm 1)."""
+        if not self.training or self.window_size == 1:
+            return self._batch_norm(input)
+        self._check_training_input(input)
+        conv = self._find_conv(input) if self.compensation.needs_conv else None
+        if input.numel() == 0:
+            return self._empty_forward(input, conv)
+        if self.burn_in or (conv is None and self.compensation.needs_conv):
+            return self._batch_norm(input)
+        mean, var, fraction, call = self.window_step(input, conv, self._running())
+        conv_bias = conv[0].bias if conv is not None else None
+        return WindowNorm.apply(input, self.weight, self.bias, conv_bias, mean, var, fraction, self.eps, call)  # Eq. 12
+
+    @opaque_to_compiler
+    @once_per_step
+    def window_step(self, x: Tensor, conv: ConvCall | None, running: Running) -> WindowStep:
+        """The statistics of the window with ``x``, which the window and the running statistics then remember."""
+        mean, var = batch_statistics(x)  # Eq. 2 and 3
+        old = self.windows.current.stacked()
+        past = None if old is None else self.compensation.under_current_weights(old, conv)  # Eq. 7, 8 and 10
+        own_mean = mean if conv is None else conv.without_bias(mean)
+        window_mean, window_var, fraction = window_statistics(own_mean, var, past)  # Eq. 9 to 11
+        step = WindowStep(x, conv, mean, var, old, past, window_mean, window_var, fraction)
+        self._observe(step)
+        self.windows.current.push(self.compensation.keep(x, mean, var, conv))
+        self._update_running(step, running)
+        return step
+
+    def _running(self) -> Running:
+        return Running(self.running_mean, self.running_var, self.num_batches_tracked)
+
+    def _batch_norm(self, input: Tensor) -> Tensor:
+        """BatchNorm (k = 1); but in training inf and NaN stay out of the running statistics, as with a window."""
+        if self.training:
+            self.window_length = 1
+        if not self.training or input.numel() == 0 or not self.track_running_stats:
+            return super().forward(input)
+        self._check_input_dim(input)
+        output, finite = batch_norm(input, self._running(), self.weight, self.bias, self.momentum, self.eps)
+        self._count_if_bad(finite)
+        return output
+
+    def _empty_forward(self, input: Tensor, conv: tuple[nn.Conv2d, Tensor] | None) -> Tensor:
+        output = super().forward(input)
+        if output.grad_fn is not None and not is_compiling():
+            # It is a call like the others: without it, the calls that follow would use each other's windows.
+            call = self.windows.begin_call(None if conv is None else conv[0])
+            output.grad_fn.register_prehook(call.note_backward)
+        return output
+
+    def _find_conv(self, input: Tensor) -> tuple[nn.Conv2d, Tensor] | None:
+        """The convolution that made ``input``, and its own input. None if the known convolution was replaced."""
+        try:
+            found = self._finder.find(input)
+        except LookupError:
+            raise RuntimeError(
+                f'{title_of(self)} compensates for the change of the convolution that feeds it, but its input is not '
+                f'the output of a convolution that was called just before, unchanged. {_REMEDY}'
+            ) from None
+        if found is None:
+            if not self.burn_in:
+                self.warn_once('the convolution that fed it before has been replaced; it looks for the new one')
+            return None
+        reason = why_unsupported(found[0])
+        if reason is not None:
+            raise RuntimeError(
+                f'{title_of(self)} cannot compensate for the change of the convolution that feeds it, because '
+                f'{reason}. {_REMEDY}'
+            )
+        return found  # type: ignore[return-value]
+
+    def _observe(self, step: WindowStep) -> None:
+        self.window_length = 1 if step.past is None else 1 + len(self.windows.current)
+        if self.diagnose:
+            self._recorder(self, step)
+        for hook in self.step_hooks.values():
+            hook(self, step)
+
+    def _update_running(self, step: WindowStep, running: Running) -> None:
+        positions = step.x.numel() // step.x.size(1)
+        if self.running_stats == 'batch':
+            mean, var = step.mean, step.var * (positions / (positions - 1))
+        else:
+            # Unbiased, as in BatchNorm. The window has positions / fraction positions.
+            mean, var = step.biased_window_mean, step.window_var * (positions / (positions - step.fraction))
+        self._count_if_bad(update_running(running, mean, var, self.momentum))
+
+    def _count_if_bad(self, finite: Tensor | None) -> None:
+        if finite is None:
+            return
+        with torch.no_grad():
+            if self._bad_batches.device != finite.device:  # converted on another device
+                self._bad_batches = torch.zeros_like(self._bad_batches, device=finite.device)
+            self._bad_batches.add_(finite.all().logical_not())
+
+    def _check_training_input(self, input: Tensor) -> None:
+        if self.window_size == 'auto':
+            raise RuntimeError(
+                f"{title_of(self)} was built with window_size='auto', which CBNBurnInHook replaces by a number when "
+                "mmengine's Runner begins to train. Add dict(type='CBNBurnInHook', burn_in_epochs=3) to custom_hooks, "
+                'or set the window_size of the layer.'
+            )
+        if _is_exporting():
+            # It would trace the window into the graph, and leave tensors of its own in it.
+            raise RuntimeError(f'{title_of(self)} cannot be exported in training: call model.eval() before.')
+        self._check_input_dim(input)
+        if not self.burn_in and input.numel() == input.size(1):
+            raise ValueError(
+                f'{title_of(self)} expected more than 1 value per channel when training, got input size {input.size()}'
+            )
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        super()._check_input_dim(input)
+        # Without this check one channel would be taken for all, or all for one.
+        if self.training and input.numel() > 0 and input.size(1) != self.num_features:
+            raise RuntimeError(
+                f'{title_of(self)} expected an input of {self.num_features} channels, got input size {input.size()}'
+            )
+
+    def warn_once(self, reason: str) -> None:
+        """Log a warning that the layer normalizes with the current batch alone, because of ``reason``; once a layer."""
+        if self._has_warned or is_compiling():
+            return
+        self._has_warned = True
+        print_log(
+            f'{title_of(self)} normalizes with the current batch alone in this iteration, because {reason}. If that '
+            'goes on, it trains as BatchNorm. This is said once; CBNBurnInHook logs the number of layers without a '
+            'window as cbn_without_window.',
+            logger='current',
+            level=logging.WARNING,
+        )
+
+    @property
+    def window_size(self) -> int | Literal['auto']:
+        """The paper's k. Setting it empties the window."""
+        return self._window_size
+
+    @window_size.setter
+    def window_size(self, window_size: int | Literal['auto']) -> None:
+        if not isinstance(window_size, str) or window_size != 'auto':
+            window_size = check_int('CBN', 'window_size', window_size, at_least=1, alternative=" or 'auto'")
+        self._window_size = window_size
+        self.forget_window()
+        self._start_or_stop_finder()
+
+    def train(self, mode: bool = True) -> 'CBN':
+        super().train(mode)
+        self._start_or_stop_finder()
+        return self
+
+    def _start_or_stop_finder(self) -> None:
+        if self.training and self.compensation.needs_conv and self.window_size != 1:
+            self._finder.start()
+        else:
+            self._finder.stop()
+
+    def begin_iteration(self) -> None:
+        """Start a new iteration. :class:`CBNBurnInHook` calls this.
+
+        Without it, the layer finds out by itself: a new iteration starts if the last call had its backward pass, if
+        the weights have changed, or if the graph of the last call is gone.
+        """
+        self.windows.begin_iteration()
+
+    def forget_window(self) -> None:
+        """Empty the windows, because they belong to other weights."""
+        self.windows = CallWindows(0 if self._window_size == 'auto' else self._window_size - 1)
+
+    def window_state(self) -> dict[str, Any]:
+        """What :meth:`load_window_state` restores: plain data and tensors."""
+        return dict(windows=self.windows.state(), compensation=self.compensation.state())
+
+    def load_window_state(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`window_state` returned.
+
+        Raises:
+            ValueError, TypeError, KeyError: The state is something else, or of a layer with other arguments.
+        """
+        self.forget_window()
+        self.windows.load(state['windows'], self.compensation.Statistics)
+        for window in self.windows:
+            old = window.stacked()
+            if old is not None and not self.compensation.could_keep(old, self.num_features):
+                raise ValueError(f'it is of a layer with other than {self.num_features} features')
+        self.compensation.load_state(state.get('compensation', {}))
+
+    def register_step_hook(self, hook: 'Callable[[CBN, WindowStep], None]') -> RemovableHandle:
+        """Have ``hook(layer, step)`` called in each training forward that uses the window.
+
+        It runs under ``torch.no_grad()``, before the window changes. It must not change the tensors of the step, nor
+        keep ``step.old`` and ``step.past``, which the window may overwrite. A checkpointed block that runs again does
+        not call it.
+
+        Returns:
+            A handle. ``handle.remove()`` takes the hook away.
+        """
+        handle = RemovableHandle(self.step_hooks)
+        self.step_hooks[handle.id] = hook
+        return handle
+
+    @property
+    def bad_batches(self) -> int:
+        """In how many training batches a channel had inf or NaN, since the layer was made, copied or moved.
+
+        Without running statistics, batches of burn-in do not count. Reading it makes the host wait for the device.
+        """
+        return int(self._bad_batches)
+
+    def diagnosis(self) -> Diagnosis | None:
+        """Means over the forwards since the last call of this method, without burn-in; None if there were none.
+
+        Set :attr:`diagnose` first. This makes the host wait for the device.
+        """
+        return self._recorder.read(self.window_length)
+
+    @classmethod
+    def convert_batchnorm(cls, module: Model, prefixes: str | Sequence[str] | None = None, **arguments: Any) -> Model:
+        """Turn the active BatchNorms of a built model into CBN, as ``SyncBatchNorm.convert_sync_batchnorm`` does.
+
+        Use it for models that know no ``norm_cfg``. A BatchNorm is active if it trains. It is not active if
+        ``module.train()`` itself puts it into evaluation (mmdet's ``norm_eval`` and ``frozen_stages``), or if it is in
+        evaluation while ``module`` is in training. The layers change in place and keep parameters, statistics, hooks
+        and mode, so an optimizer that was made before keeps them, too.
+
+        Args:
+            module: A model with ``nn.BatchNorm2d`` or ``nn.SyncBatchNorm`` layers, or one of these layers itself.
+            prefixes: Names of the parts to convert, as in ``named_modules``; None for all.
+            **arguments: ``window_size``, ``order``, ``samples`` and ``running_stats`` of the new layers. The old layers
+                give the other arguments.
+
+        Returns:
+            ``module``.
+
+        Raises:
+            TypeError: An argument has a wrong type.
+            ValueError: The model, or a part named in ``prefixes``, has no active BatchNorm; or an argument has a value
+                that is not allowed.
+        """
+        check_names('CBN.convert_batchnorm', 'prefixes', prefixes)
+        found = {
+            name: norm
+            for name, norm in active_norms(module).items()
+            if isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm) and not isinstance(norm, CBN)
+        }
+        with torch.random.fork_rng(devices=[]):
+            for norm in select(found, prefixes, 'CBN.convert_batchnorm').values():
+                torch.rand(())  # so that each layer has a stream of its own for ``samples``
+                shared = (norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+                convert_in_place(norm, cls(*shared, **arguments))
+        return module
+
+    def extra_repr(self) -> str:
+        return (
+            f'{super().extra_repr()}, window_size={self.window_size!r}, order={self.order}, samples={self.samples}, '
+            f'running_stats={self.running_stats!r}'
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, '_bad_batches': torch.zeros_like(self._bad_batches)}  # a copy begins to count
+
+    def _apply(self, fn: Any, recurse: bool = True) -> 'CBN':
+        super()._apply(fn, recurse)
+        self.forget_window()  # the window stays behind on a move to another device or precision
+        self._bad_batches = fn(self._bad_batches).zero_()
+        self._recorder = DiagnosisRecorder()
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.forget_window()  # the window belongs to other weights
+
+    def _replicate_for_data_parallel(self) -> 'CBN':
+        refuse_data_parallel(self)
+        return super()._replicate_for_data_parallel()
+
+
+def _check_conv(conv: Any, num_features: int) -> None:
+    if not isinstance(conv, nn.Conv2d):
+        raise TypeError(f'CBN: conv must be a torch.nn.Conv2d or None, got {shown(conv)} of type {type(conv).__name__}')
+    reason = why_unsupported(conv)
+    if reason is not None:
+        raise ValueError(f'CBN: conv must be a plain torch.nn.Conv2d, got {shown(conv)}: {reason}')
+    if conv.out_channels != num_features:
+        raise ValueError(f'CBN: conv must have out_channels={num_features}, as num_features, got {shown(conv)}')

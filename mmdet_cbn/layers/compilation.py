@@ -1,0 +1,111 @@
+"""CBN under ``torch.compile``: the compiler does not look into what depends on a layer's past.
+
+That part is an operator. So the layer breaks no graph, and the compiler makes no new graph when the window fills or
+turns. While a graph is made, it is settled which convolution feeds the layer. The normalization itself, forward and
+backward, is compiled. With torch < 2.8 the layer is no part of a graph in training, and nothing here is called.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from itertools import count
+from typing import Any
+from weakref import WeakKeyDictionary, WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+
+from ..old_torch import custom_op, is_compiling
+from .statistics import statistics_dtype
+
+# An operator takes tensors and numbers, so modules have numbers. A copy of a module has another number.
+_numbers: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+_modules: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
+_next = count()
+
+# Tensors may come as the compiler has laid them out, and a CUDA graph must not record and repeat the operators.
+_TAGS = [getattr(torch.Tag, name) for name in ('flexible_layout', 'cudagraph_unsafe') if hasattr(torch.Tag, name)]
+
+
+@torch.compiler.assume_constant_result
+def number_of(module: nn.Module) -> int:
+    """The number of a module. A graph keeps it for as long as it is called with this very module."""
+    number = _numbers.setdefault(module, next(_next))
+    _modules[number] = module
+    return number
+
+
+def opaque_to_compiler(method: Callable) -> Callable:
+    """Make a step of CBN one operator in a compiled graph. Otherwise it is called as it is.
+
+    Args:
+        method: ``(layer, x, found_conv, running)`` to ``(mean, var, fraction, call)``.
+    """
+
+    @wraps(method)
+    def step(layer: Any, x: Tensor, found_conv: tuple[nn.Module, Tensor] | None, running: tuple) -> tuple:
+        if not is_compiling():
+            return method(layer, x, found_conv, running)
+        conv, conv_input = (-1, None) if found_conv is None else (number_of(found_conv[0]), found_conv[1])
+        is_learning = torch.is_grad_enabled() and any(
+            tensor is not None and tensor.requires_grad for tensor in (x, layer.weight, layer.bias)
+        )
+        number = number_of(layer)
+        with torch.no_grad():
+            return *_step_operator(x, conv_input, *running, number, conv, is_learning), number
+
+    return step
+
+
+# The operator names what it changes, so that the calls of one layer stay in their order.
+@custom_op(
+    'mmdet_cbn::window_statistics',
+    mutates_args=('running_mean', 'running_var', 'num_batches_tracked'),
+    tags=_TAGS,
+)
+def _step_operator(
+    x: Tensor,
+    conv_input: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    layer: int,
+    conv: int,
+    is_learning: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A step of CBN in a graph.
+
+    Args:
+        x: Output of the convolution, [N, C, H, W].
+        conv_input: Its input, [N, C_in, H, W]; None if no convolution is needed.
+        running_mean: Buffers of the layer.
+        running_var: Buffers of the layer.
+        num_batches_tracked: Buffers of the layer.
+        layer: Number of the layer.
+        conv: Number of the convolution, if there is a ``conv_input``.
+        is_learning: Whether a backward pass may follow.
+    """
+    norm: Any = _modules[layer]
+    found_conv = None if conv_input is None else (_modules[conv], conv_input)
+    mean, var, fraction, call = norm.window_step(x, found_conv, (running_mean, running_var, num_batches_tracked))
+    norm.windows.iteration.compiled_call = call if is_learning else None
+    return mean, var, fraction
+
+
+@_step_operator.register_fake
+def _(x: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    mean, var, fraction = (x.new_empty(x.size(1), dtype=statistics_dtype(x)) for _ in range(3))
+    return mean, var, fraction
+
+
+@custom_op('mmdet_cbn::note_backward', mutates_args=(), tags=_TAGS)
+def note_backward(fraction: Tensor, dy: Tensor, layer: int) -> Tensor:
+    """Tell a layer that the backward pass, with ``dy``, has reached it. Returns a copy of ``fraction``."""
+    norm: Any = _modules[layer]
+    if norm.windows.iteration.compiled_call is not None:
+        norm.windows.iteration.compiled_call.note_backward()
+    return fraction.clone()
+
+
+@note_backward.register_fake
+def _(fraction: Tensor, dy: Tensor, layer: int) -> Tensor:
+    return torch.empty_like(fraction)

@@ -1,0 +1,85 @@
+"""Turning the normalizers of a built model into others, in place."""
+
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+Norm = TypeVar('Norm', bound=_BatchNorm)
+
+
+def active_norms(model: nn.Module) -> dict[str, _BatchNorm]:
+    """The batch normalizers of ``model`` that use statistics of the batch in a training step, by name.
+
+    This leaves out those that ``model.train()`` itself puts into evaluation (mmdet's ``norm_eval`` and
+    ``frozen_stages``), and those that are in evaluation while the model is in training. The modes of all modules stay
+    as they are.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.train()
+    active = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.training and (modes[module] or not modes[model])
+    }
+    for module, mode in modes.items():
+        if next(module.children(), None) is None:
+            module.train(mode)  # not the attribute alone: a CBN has more to do
+        else:
+            module.training = mode
+    return active
+
+
+def select(norms: Mapping[str, Norm], prefixes: str | Sequence[str] | None, owner: str) -> Mapping[str, Norm]:
+    """The normalizers in the modules that ``prefixes`` names; all for None.
+
+    Args:
+        norms: Normalizers by name.
+        prefixes: A name or several, as in ``named_modules``: ``'roi_head.bbox_head'``.
+        owner: Who was given the argument, for the error message.
+
+    Raises:
+        ValueError: There are none, or a named module has none.
+    """
+    if prefixes is None:
+        if not norms:
+            raise ValueError(f'{owner}: the model has no such normalizer in training')
+        return norms
+    found: dict[str, Norm] = {}
+    for prefix in [prefixes] if isinstance(prefixes, str) else prefixes:
+        matches = {name: norm for name, norm in norms.items() if f'{name}.'.startswith(f'{prefix}.')}
+        if not matches:
+            raise ValueError(
+                f'{owner}: prefixes must name modules that have such a normalizer in training, got {prefix!r}; '
+                f'the model has them in {sorted({name.rpartition(".")[0] for name in norms})}'
+            )
+        found.update(matches)
+    return found
+
+
+def convert_in_place(layer: nn.Module, other: nn.Module) -> None:
+    """Give ``layer`` the type and the settings of ``other``. It keeps its parameters, buffers, hooks and mode.
+
+    As with torch's lazy modules, whatever holds the layer, its parameters or its buffers keeps holding the right
+    thing: a list in its parent, the optimizer, DistributedDataParallel.
+
+    Raises:
+        ValueError: The two have parameters or buffers of other names.
+    """
+    for kind in ('_parameters', '_buffers'):
+        ours, theirs = (
+            [name for name, own in vars(module)[kind].items() if own is not None] for module in (layer, other)
+        )
+        if ours != theirs:
+            raise ValueError(
+                f'a {type(layer).__name__} cannot become a {type(other).__name__}: '
+                f'the one has {", ".join(ours) or "none"}, the other {", ".join(theirs) or "none"}'
+            )
+    mode = layer.training
+    layer.eval()  # a CBN lets go of its convolution
+    kept = {name: vars(layer)[name] for name in vars(nn.Module())}
+    vars(layer).clear()
+    vars(layer).update(vars(other), **kept)
+    layer.__class__ = type(other)
+    layer.train(mode)

@@ -1,0 +1,71 @@
+"""What surrounds the statistics of one training step: precision, checkpointed blocks and warnings."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import wraps
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..old_torch import is_autocast_enabled
+from ..pairing import ConvCall
+from ..window.calls import Call, is_recomputing
+
+
+class WindowStep(NamedTuple):
+    """What one training step of a CBN layer has computed. All but ``x`` have the precision of the statistics."""
+
+    x: Tensor  #: the layer's input, [N, C, H, W]
+    conv: ConvCall | None  #: the call that made ``x``; None if the layer needs no convolution
+    mean: Tensor  #: of the batch, [C]
+    var: Tensor  #: of the batch, biased, [C]
+    old: Any  #: what the window kept of n earlier iterations, stacked; None if there are none
+    past: tuple[Tensor, Tensor] | None  #: mean and variance of these under the current weights, [n, C] each
+    window_mean: Tensor  #: without the bias of the convolution, [C]
+    window_var: Tensor  #: [C]
+    fraction: Tensor  #: of the window that is the current iteration, [C]
+
+    @property
+    def biased_window_mean(self) -> Tensor:
+        """The mean of the window with the current bias of the convolution, [C]."""
+        bias = None if self.conv is None else self.conv.bias
+        return self.window_mean if bias is None else self.window_mean + bias
+
+
+def once_per_step(method: Callable) -> Callable:
+    """Run a layer's step once for each call, without gradients and in full precision.
+
+    A checkpointed block runs again in the backward pass. Then the statistics of the first run are used again, and the
+    layer does not change.
+
+    Args:
+        method: ``(layer, x, conv, running)`` to a :class:`WindowStep`. It changes the window.
+
+    Returns:
+        ``(layer, x, found_conv, running)`` to mean, bias included, variance, fraction and the call.
+    """
+
+    @wraps(method)
+    def step(
+        layer: Any, x: Tensor, found_conv: tuple[nn.Conv2d, Tensor] | None, running: tuple
+    ) -> tuple[Tensor, Tensor, Tensor, Call]:
+        module = None if found_conv is None else found_conv[0]
+        windows = layer.windows
+        if is_recomputing():
+            return *windows.iteration.recall(layer, x.shape, module), Call(None)
+        call = windows.begin_call(module)
+        was_empty = len(windows.current) == 0
+        device = x.device.type
+        # It takes as long as some of the statistics, so it is made only where autocast is on.
+        full_precision = torch.autocast(device, enabled=False) if is_autocast_enabled(device) else nullcontext()
+        with torch.no_grad(), full_precision:
+            made: WindowStep = method(layer, x, None if found_conv is None else ConvCall.of(*found_conv), running)
+            mean = made.biased_window_mean
+        if windows.has_dropped or (made.past is None and not was_empty):
+            layer.warn_once('its window has statistics of another convolution, which are dropped')
+        result = mean, made.window_var, made.fraction
+        windows.iteration.note(x.shape, module, result)
+        return *result, call
+
+    return step

@@ -1,0 +1,1 @@
+"""What reaches into mmengine and mmdet: checkpoints, configs of this package, and mmdet's tools."""

@@ -1,0 +1,235 @@
+"""Which convolution feeds a norm, and with what input.
+
+mmcv and mmdet call ``norm(conv(x))`` and do not tell the norm about the convolution. So a forward hook on the
+convolution remembers its last call. The norm, called next, claims the call whose output is its own input.
+
+Training shows which convolutions need the hook: while a norm does not know its convolution, all convolutions are
+watched. There are no hooks in evaluation.
+"""
+
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.utils.hooks import RemovableHandle
+
+from .old_torch import is_compiling, outside_graphs, register_hook_on_all
+
+# Convolutions of other classes may do more to their weight or input than these forwards do.
+_PLAIN_FORWARDS: list[Callable] = [nn.Conv2d.forward]
+try:
+    from mmcv.cnn.bricks.wrappers import Conv2d as MMCVConv2d
+except ImportError:  # models that are not OpenMMLab's do without mmcv
+    pass
+else:
+    _PLAIN_FORWARDS.append(MMCVConv2d.forward)
+
+
+class ConvCall(NamedTuple):
+    """One call of a zero-padded 2d convolution, with the arguments of :func:`torch.nn.functional.conv2d`."""
+
+    module: nn.Conv2d | None  #: the convolution
+    input: Tensor  #: [N, C_in, H, W]
+    weight: Tensor  #: theta_t, [C_out, C_in / groups, kh, kw]
+    bias: Tensor | None  #: [C_out]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+    @classmethod
+    def of(cls, conv: nn.Conv2d, input: Tensor) -> 'ConvCall':
+        """The call ``conv(input)``. Padding other than a plain number of zeros becomes a part of the input."""
+        padding = conv.padding
+        if isinstance(padding, str) or conv.padding_mode != 'zeros':
+            mode = 'constant' if conv.padding_mode == 'zeros' else conv.padding_mode
+            input = F.pad(input, conv._reversed_padding_repeated_twice, mode=mode)
+            padding = (0, 0)
+        return cls(conv, input, conv.weight, conv.bias, conv.stride, padding, conv.dilation, conv.groups)  # type: ignore[arg-type]
+
+    def without_bias(self, mean: Tensor) -> Tensor:
+        """The mean [C_out] of the output if the convolution had no bias."""
+        return mean if self.bias is None else mean - self.bias
+
+
+class _Remembered(NamedTuple):
+    conv: _ConvNd
+    input: Tensor  # a strong reference: nothing else may keep the input alive until the norm is called
+    output: weakref.ref
+    version: int
+
+
+# The last call on this thread. A norm follows its convolution at once, so one call is enough, and the memory never
+# keeps more than one input alive.
+_last = threading.local()
+
+
+class _Traced:
+    """The last call in what torch.compile makes a graph of. Only the compiler looks at it; it holds no real tensors."""
+
+    call: tuple[_ConvNd, Tensor, Tensor] | None = None
+
+
+_traced = _Traced()
+
+
+@outside_graphs
+def remember_call(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    """Forward hook: remember this call if ``module`` is a convolution."""
+    if not isinstance(module, _ConvNd):
+        return
+    input = args[0] if args else kwargs['input']
+    if is_compiling():
+        _traced.call = module, input, output
+    elif not output.is_inference():
+        _last.call = _Remembered(module, input, weakref.ref(output), output._version)
+
+
+def claim_call(output: Tensor) -> tuple[_ConvNd, Tensor] | None:
+    """The convolution whose last call on this thread returned ``output``, and the input of that call.
+
+    Returns:
+        None if another call was the last one, if the call was not remembered, or if ``output`` was modified in place.
+    """
+    if is_compiling():
+        traced, _traced.call = _traced.call, None
+        return None if traced is None or traced[2] is not output else traced[:2]
+    call: _Remembered | None = getattr(_last, 'call', None)
+    if call is None or not _same(call.output(), output) or call.version != output._version:
+        return None
+    _last.call = None
+    return call.conv, call.input
+
+
+def _same(returned: Tensor | None, output: Tensor) -> bool:
+    """Whether ``output`` is ``returned``, or a view of all of it, which a full backward hook makes."""
+    if returned is output or returned is None:
+        return returned is output
+    return output._base is returned and (output.shape, output.stride()) == (returned.shape, returned.stride())
+
+
+class ConvFinder:
+    """Finds the convolution, or convolutions, that feed one norm.
+
+    It is copied and pickled with the model, and keeps what it knows.
+
+    Args:
+        conv: The convolution that feeds the norm. None to find it in training.
+    """
+
+    def __init__(self, conv: nn.Conv2d | None = None) -> None:
+        # The convolutions known, each with the handle of its hook while the norm is in training.
+        self._handles: dict[_ConvNd, RemovableHandle | None] = {} if conv is None else {conv: None}
+        self._is_told = conv is not None
+        self._settled = self._is_told
+        self._in_training = False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy must watch as its original does, or it misses the convolution in its first forward.
+        self.__dict__.update(state)
+        if self._in_training and not self._settled:
+            watch.add(self)
+
+    def start(self) -> None:
+        """The norm is in training from now on."""
+        self._in_training = True
+        for conv, handle in self._handles.items():
+            if handle is None:
+                self._handles[conv] = conv.register_forward_hook(remember_call, with_kwargs=True)
+        if not self._settled:
+            watch.add(self)
+
+    def stop(self) -> None:
+        """The norm is no longer in training."""
+        self._in_training = False
+        for conv, handle in self._handles.items():
+            if handle is not None:
+                handle.remove()
+                self._handles[conv] = None
+        watch.discard(self)
+
+    def find(self, output: Tensor) -> tuple[_ConvNd, Tensor] | None:
+        """The convolution that has just returned ``output``, and its input.
+
+        Returns:
+            None if the known convolution was replaced. The next forward finds the new one.
+
+        Raises:
+            LookupError: No convolution has just returned ``output``.
+        """
+        claimed = claim_call(output)
+        if is_compiling() and claimed is not None:
+            return claimed  # the graph keeps it
+        if claimed is None or (self._is_told and claimed[0] not in self._handles):
+            if self._is_told or self in watch:
+                raise LookupError
+            self._start_over()
+            return None
+        conv, input = claimed
+        if conv not in self._handles:
+            self._handles[conv] = None
+            self.start()
+        elif not self._settled:
+            # The convolution has come round again, so by now all that feed the norm in one iteration were seen.
+            self._settled = True
+            watch.discard(self)
+        return conv, input
+
+    def _start_over(self) -> None:
+        self.stop()
+        self._handles.clear()
+        self._settled = False
+        self.start()
+
+
+class Watch:
+    """Remembers the calls of all convolutions while a finder needs it.
+
+    Attributes:
+        finders: Those that do not know their convolution yet.
+    """
+
+    def __init__(self) -> None:
+        self.finders: weakref.WeakSet[ConvFinder] = weakref.WeakSet()
+        self._handle: RemovableHandle | None = None
+
+    def __contains__(self, finder: ConvFinder) -> bool:
+        return finder in self.finders
+
+    def add(self, finder: ConvFinder) -> None:
+        self.finders.add(finder)
+        if self._handle is None:
+            self._handle = register_hook_on_all(self._remember_call)
+
+    def discard(self, finder: ConvFinder) -> None:
+        self.finders.discard(finder)
+        self.end_if_idle()
+
+    def end_if_idle(self) -> None:
+        """Take the hook away if nobody needs it."""
+        if self._handle is not None and not self.finders:
+            self._handle.remove()
+            self._handle = None
+
+    def _remember_call(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        if not is_compiling():
+            self.end_if_idle()  # the last finder may have been deleted
+        remember_call(module, args, kwargs, output)
+
+
+watch = Watch()
+
+
+def why_unsupported(conv: _ConvNd) -> str | None:
+    """Why compensation cannot handle ``conv``, to follow "because"; None if it can."""
+    if not isinstance(conv, nn.Conv2d):
+        return f'it is a {type(conv).__name__}, not a torch.nn.Conv2d'
+    if type(conv).forward not in _PLAIN_FORWARDS or type(conv)._conv_forward is not nn.Conv2d._conv_forward:
+        return f'{type(conv).__name__} does not compute what torch.nn.Conv2d does'
+    if 'weight' not in conv._parameters:
+        return 'its weight is computed anew in each forward (a parametrization, weight or spectral norm)'
+    return None

@@ -1,0 +1,1 @@
+"""What a layer remembers of earlier iterations, call by call."""

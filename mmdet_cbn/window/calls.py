@@ -1,0 +1,197 @@
+"""The calls of a layer: where an iteration ends, which window belongs to which call, and which call runs again."""
+
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import title_of
+from .ring import Window
+
+
+def is_recomputing() -> bool:
+    """Whether a checkpointed block runs again, inside the backward pass. This still belongs to the same iteration."""
+    return torch._C._current_graph_task_id() != -1
+
+
+class Call:
+    """One call of a layer in training. It lives as long as its part of the autograd graph.
+
+    Args:
+        weight: Of the convolution that feeds the layer, if it is known.
+    """
+
+    def __init__(self, weight: Tensor | None) -> None:
+        self._had_backward = False
+        self._weight = weight
+        self._version = None if weight is None else weight._version
+
+    def note_backward(self, *_: Any) -> None:
+        """The backward pass has reached this call. Can be a hook of autograd's nodes."""
+        self._had_backward = True
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the backward pass has gone through it, or the weight has been changed in place since."""
+        return self._had_backward or (self._weight is not None and self._weight._version != self._version)
+
+
+@dataclass
+class FirstRun:
+    """A call of this iteration. If its block is checkpointed, it runs again in the backward pass."""
+
+    shape: torch.Size  #: of the input
+    conv: nn.Module | None  #: that made the input, if it is known
+    result: Any  #: what the second run uses again, because by then the layer has moved on
+    had_graph: bool
+    backward_pass: int | None = None  #: in which the call ran again last
+
+
+class Iteration:
+    """The calls of a layer in one iteration of training.
+
+    Attributes:
+        calls (int): How many calls there were so far.
+        first_runs: What they computed.
+        compiled_call: The last call, if a compiled graph made it. Nothing else keeps that one alive.
+    """
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.first_runs: list[FirstRun] = []
+        self.compiled_call: Call | None = None
+        self._last_call: weakref.ref[Call] | None = None
+        self._records_graph = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, 'first_runs': [], 'compiled_call': None, '_last_call': None}  # a copy has no graph
+
+    @property
+    def last_call(self) -> Call | None:
+        """The last call, if its part of the graph is alive."""
+        return None if self._last_call is None else self._last_call()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the last call had its backward pass, its weights have changed, or its graph is gone."""
+        return self.last_call is None or self.last_call.is_over
+
+    def begin(self) -> None:
+        """Start a new iteration."""
+        self.calls = 0
+        self.first_runs = []
+
+    def begin_call(self, weight: Tensor | None) -> Call:
+        """Add a call, and start a new iteration first if the last one is over.
+
+        Args:
+            weight: Of the convolution that feeds the layer, if it is known.
+        """
+        if self.is_over:
+            self.begin()
+        call = Call(weight)
+        self._last_call = weakref.ref(call)
+        self._records_graph = torch.is_grad_enabled()
+        self.calls += 1
+        return call
+
+    def note(self, shape: torch.Size, conv: nn.Module | None, result: Any) -> None:
+        """Keep the ``result`` of the last call, which had an input of ``shape`` from ``conv``."""
+        self.first_runs.append(FirstRun(shape, conv, result, self._records_graph))
+
+    def recall(self, layer: nn.Module, shape: torch.Size, conv: nn.Module | None = None) -> Any:
+        """The result of the call that now runs again.
+
+        Args:
+            layer: Whose calls these are, for the message of an error.
+            shape: Of the call's input.
+            conv: That made the input, if it is known.
+
+        Raises:
+            RuntimeError: It cannot be known which call runs again.
+        """
+        found = [run for run in self.first_runs if run.shape == shape and run.conv is conv]
+        if len(found) != 1:
+            self._refuse(
+                layer,
+                f'{len(found)} of its {len(self.first_runs)} calls in this iteration had inputs of {list(shape)} from '
+                'that convolution',
+            )
+        (run,) = found
+        # Re-entrant checkpointing records no graph in the first run. So each call looks like an iteration of its own,
+        # and only the last one is noted here. If two run again in one backward pass, there were more.
+        backward_pass = torch._C._current_graph_task_id()
+        if not run.had_graph and run.backward_pass == backward_pass:
+            self._refuse(layer, f'several of its calls in this iteration had inputs of {list(shape)}')
+        run.backward_pass = backward_pass
+        return run.result
+
+    @staticmethod
+    def _refuse(layer: nn.Module, reason: str) -> None:
+        raise RuntimeError(
+            f'{title_of(layer)} runs again in a checkpointed block, and it cannot be known which call that is: '
+            f'{reason}. Use use_reentrant=False, or do not checkpoint a block that shares the layer.'
+        )
+
+
+class CallWindows:
+    """The windows of a layer: one for each of its calls in an iteration, in the order of the calls.
+
+    A head that is shared by the levels of an FPN calls its layers once for each level. The statistics of one level say
+    nothing about another level.
+
+    Args:
+        capacity: Of each window.
+
+    Attributes:
+        current: The window of the last call.
+        iteration: The calls of this iteration.
+        has_dropped (bool): Whether that window has just dropped statistics of another convolution.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._windows: list[Window] = [Window(capacity)]  # the first is always there
+        self.iteration = Iteration()
+        self.current = self._windows[0]
+        self.has_dropped = False
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def __iter__(self) -> Iterator[Window]:
+        return iter(self._windows)
+
+    def begin_iteration(self) -> None:
+        """Start a new iteration."""
+        if self.iteration.calls > 0:
+            del self._windows[self.iteration.calls :]  # of calls that the last iteration did not have
+            self.iteration.begin()
+
+    def begin_call(self, conv: nn.Conv2d | None) -> Call:
+        """Add a call behind ``conv``, if that is known, and make its window the current one."""
+        if self.iteration.is_over:
+            self.begin_iteration()
+        if self.iteration.calls == len(self._windows):
+            self._windows.append(Window(self._capacity))
+        self.current = self._windows[self.iteration.calls]
+        self.has_dropped = self.current.set_conv(conv)
+        return self.iteration.begin_call(None if conv is None else conv.weight)
+
+    def state(self) -> list[dict[str, Any]]:
+        """What :meth:`load` restores: plain data and copies of the tensors, on the CPU."""
+        return [window.state() for window in self]
+
+    def load(self, state: list[dict[str, Any]], kind: type) -> None:
+        """Restore what :meth:`state` returned, of statistics of type ``kind``.
+
+        Raises:
+            ValueError: The state is of windows of another capacity, or of other statistics.
+        """
+        windows: list[Window] = [Window(self._capacity) for _ in state]
+        for window, its_state in zip(windows, state, strict=True):
+            window.load(its_state, kind)
+        self._windows, self.current = windows, windows[0]
