@@ -1,7 +1,10 @@
 # The commands of the README. They run in .venv, which `make env` builds, except test-onedl and test-torch21.
 PYTHON ?= python3.11
+# One process a core, with one thread each.
+ONE_THREAD := OMP_NUM_THREADS=1
+PARALLEL ?= -n auto --dist worksteal
 
-.PHONY: env env-onedl env-torch21 quickstart test test-rows test-onedl test-torch21 lint clean
+.PHONY: env env-onedl env-torch21 quickstart test test-all test-onedl test-torch21 lint clean
 
 env:
 	@PYTHON=$(PYTHON) tools/setup_env.sh
@@ -16,19 +19,20 @@ quickstart: env
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" tools/quickstart.sh
 
 test: env
-	.venv/bin/python -m pytest tests
+	$(ONE_THREAD) .venv/bin/python -m pytest tests $(PARALLEL) -m 'not slow and not rows'
 
-# Rows of the paper's tables, trained and evaluated at full size on a few images.
-test-rows: env
-	.venv/bin/python -m pytest tests -m rows
+# Also the slow tests, and rows of the paper's tables, trained and evaluated at full size on a few images.
+test-all: env
+	$(ONE_THREAD) .venv/bin/python -m pytest tests $(PARALLEL) -m 'not rows'
+	$(ONE_THREAD) .venv/bin/python -m pytest tests -n auto --dist loadgroup -m rows
 
-# The same suite as test with the maintained forks of mmcv, mmengine and mmdet.
+# All but the rows with the maintained forks of mmcv, mmengine and mmdet.
 test-onedl: env-onedl
-	.venv-onedl/bin/python -m pytest tests
+	$(ONE_THREAD) .venv-onedl/bin/python -m pytest tests $(PARALLEL) -m 'not rows'
 
-# The same suite with the oldest torch that is supported.
+# All but the rows with the oldest torch that is supported.
 test-torch21: env-torch21
-	.venv-torch21/bin/python -m pytest tests
+	$(ONE_THREAD) .venv-torch21/bin/python -m pytest tests $(PARALLEL) -m 'not rows'
 
 lint: env
 	.venv/bin/ruff check .

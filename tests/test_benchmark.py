@@ -13,6 +13,7 @@ from mmengine.config import Config
 from torch import nn
 
 from mmdet_cbn import CBN
+from mmdet_cbn.experiments.cost import layers
 from mmdet_cbn.experiments.cost.detectors import (
     Detector,
     Settings,
@@ -281,12 +282,11 @@ def test_no_config_is_refused():
 
 
 def test_the_slow_peer_computes_what_cbn_does():
-    layer = runpy.run_path(str(ROOT / 'benchmarks' / 'layer.py'))
     outputs = []
     for kind in ('CBN', 'two gradients by autograd'):
         torch.manual_seed(0)
         conv = nn.Conv2d(4, 6, 3, padding=1, bias=False).double()
-        norm = layer['KINDS'][kind](6, conv).double()
+        norm = layers.KINDS[kind](6, conv).double()
         optimizer = torch.optim.SGD([*conv.parameters(), *norm.parameters()], lr=0.1)
         generator = torch.Generator().manual_seed(1)
         for _ in range(6):

@@ -412,7 +412,7 @@ def test_a_dry_run_prints_commands_for_every_row_and_runs_nothing(number, small,
             assert '--resume' in training and '--resume' not in evaluation
 
 
-DOCUMENTS = {name: (ROOT / name).read_text() for name in ('README.md', 'docs/runs.md')}
+DOCUMENTS = {name: (ROOT / name).read_text() for name in ('README.md', 'docs/reproduction.md')}
 COMMAND = re.compile(r'^ *python tools/reproduce\.py ((?:\\\n|[^#\n])*)', re.MULTILINE)
 
 

@@ -139,7 +139,11 @@ class Trained(NamedTuple):
     weights: dict[str, torch.Tensor]  #: that it began from
 
 
-@pytest.fixture(scope='module', params=ROWS, ids=' '.join)
+# In one process each, so that a row is trained once.
+IN_GROUPS = [pytest.param(row, marks=pytest.mark.xdist_group(' '.join(row)), id=' '.join(row)) for row in ROWS]
+
+
+@pytest.fixture(scope='module', params=IN_GROUPS)
 def trained(request, coco_root, torch_home, tmp_path_factory):
     """A row that tools/reproduce.py trained and evaluated as the README has it."""
     number, name = request.param
