@@ -426,7 +426,7 @@ def test_the_commands_of_the_documents_can_be_run(arguments, monkeypatch, capsys
 @pytest.mark.parametrize('name', DOCUMENTS)
 def test_nothing_stands_beside_a_fence(name):
     fences = re.findall(r'^ *```(.*)$', DOCUMENTS[name], re.MULTILINE)
-    assert fences[1::2] == [''] * (len(fences) // 2) and set(fences[::2]) <= {'shell', 'python'}
+    assert fences[1::2] == [''] * (len(fences) // 2) and set(fences[::2]) <= {'shell', 'python', 'text', 'bibtex'}
 
 
 @pytest.mark.parametrize(('table', 'folder'), [('5', 'paper'), ('study-rate', 'study')])
