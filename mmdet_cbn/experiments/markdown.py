@@ -1,11 +1,11 @@
-"""Tables in Markdown."""
+"""Markdown, as the pages of results have it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 
-def table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table with a line of ``heads`` and a line for each of ``rows``. It ends with a line break."""
-    lines = [heads, ['---'] * len(heads), *rows]
-    text = ''.join(f'| {" | ".join(map(str, line))} |\n' for line in lines)
-    return text.replace('| ' + ' | '.join(['---'] * len(heads)) + ' |', '|---' * len(heads) + '|', 1)
+def table(heads: Iterable[Any], rows: Iterable[Iterable[Any]], rule: str = '---') -> str:
+    """A Markdown table, without a line break at its end. ``rule`` is a cell of the line under the heads."""
+    heads = list(heads)
+    first, *others = (f'| {" | ".join(map(str, row))} |' for row in (heads, *rows))
+    return '\n'.join([first, f'|{rule}' * len(heads) + '|', *others])

@@ -95,7 +95,7 @@ class Machine:
     @cached_property
     def config(self) -> Config:
         """Of the row."""
-        config = Config.fromfile(self.configs / self.row.file)
+        config = load(self.configs / self.row.file).copy()
         config.merge_from_dict(self.row.options_for(config))
         return config
 

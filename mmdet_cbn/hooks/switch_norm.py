@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..arguments import check_int, check_names, shown
 from ..layers.conversion import active_norms, convert_in_place, select
+from ..requirements import wanted
 
 
 @HOOKS.register_module()
@@ -117,8 +118,10 @@ class SwitchNormHook(Hook):
 
 def _build(argument: str, norm_cfg: Any, like: _BatchNorm) -> _BatchNorm:
     """A normalizer with what ``norm_cfg`` gives, the rest as in ``like``."""
-    # Here and not above, because the layers and the burn-in do without mmcv.
-    from mmcv.cnn import build_norm_layer
+    try:  # here and not above, because the layers and the burn-in do without mmcv
+        from mmcv.cnn import build_norm_layer
+    except ImportError as error:
+        raise ImportError(f'SwitchNormHook needs {wanted("mmcv")} ({error})') from error
 
     shared = {name: getattr(like, name) for name in ('eps', 'momentum', 'affine', 'track_running_stats')}
     try:

@@ -59,12 +59,12 @@ def draw(folder: Path) -> str:
         FileNotFoundError: There are none of statistics; those of gradients may be missing.
     """
     statistics = _read(folder / STATISTICS)
-    table = to_markdown(statistics)
-    (folder / 'statistics.md').write_text(table, encoding='utf-8')
+    text = to_markdown(statistics)
+    (folder / 'statistics.md').write_text(text, encoding='utf-8')
     plot_errors(statistics).savefig(folder / 'statistics.png', dpi=100)
     if (folder / GRADIENTS).is_file():
         plot_ratios(_read(folder / GRADIENTS)).savefig(folder / 'gradients.png', dpi=100)
-    return table
+    return text
 
 
 def _read(file: Path) -> Averages:
@@ -91,7 +91,7 @@ def to_markdown(statistics: Averages) -> str:
         [compensation, *(f'{means[compensation, tau][error]:.4f}' for error in _ERRORS for tau in taus)]
         for compensation in dict.fromkeys(row['compensation'] for row in statistics)
     ]
-    return table(['compensation', *heads], rows)
+    return f'{table(["compensation", *heads], rows)}\n'
 
 
 def plot_errors(statistics: Averages) -> Figure:

@@ -329,8 +329,16 @@ def benchmark(configs: Sequence[Config], settings: Settings) -> dict[str, Any]:
 
 def to_markdown(results: dict[str, Any]) -> str:
     """The results of :func:`benchmark` as a table, with settings and notes under it."""
-    heads = ['config', 'memory (GB)', 'inference FLOPs (G)', 'training FLOPs (G)']
-    heads += ['training (iter/s)', 'time ratio', 'inference (iter/s)', 'time ratio']
+    heads = (
+        'config',
+        'memory (GB)',
+        'inference FLOPs (G)',
+        'training FLOPs (G)',
+        'training (iter/s)',
+        'time ratio',
+        'inference (iter/s)',
+        'time ratio',
+    )
     rows = []
     for row in results['rows']:
         gigas = [f'{row[key] / 1e9:.2f}' for key in ('memory_bytes', 'inference_flops', 'training_flops')]
@@ -338,5 +346,5 @@ def to_markdown(results: dict[str, Any]) -> str:
         rows.append([row['config'], *gigas, *(f'{t["median"]:.3g} ({t["q1"]:.3g} to {t["q3"]:.3g})' for t in times)])
     settings = ', '.join(f'{key} {value}' for key, value in results['settings'].items())
     return '\n'.join(
-        [table(heads, rows), f'Settings: {settings}.', '', *(f'- {note}' for note in results['notes']), '']
+        [table(heads, rows), '', f'Settings: {settings}.', '', *(f'- {note}' for note in results['notes']), '']
     )

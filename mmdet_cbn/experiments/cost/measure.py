@@ -229,7 +229,8 @@ def measure_cost(rounds: int, layer_rounds: int, size: tuple[int, int]) -> tuple
             ['measure', 'target', 'measured', 'met'],
             [[row.measure, row.target, row.measured, 'yes' if row.met else 'no'] for row in found],
         )
-        + '\nOne convolution and its normalizer, forward and backward, time / BN:\n\n'
+        + '\n\nOne convolution and its normalizer, forward and backward, time / BN:\n\n'
         + layer_table(layers)
+        + '\n'
     )
     return page, raw

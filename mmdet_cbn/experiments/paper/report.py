@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ..markdown import table as markdown_table
 from .logs import Entry, Run, collect, store_runs
 from .tables import TABLES, Row, Table
 
@@ -33,7 +34,8 @@ def markdown(table: Table, entries: Mapping[str, list[Entry]], trials: int = 1, 
     """
     if table.is_ours:
         return _markdown_of_study(table, entries, trials)
-    lines = _heading(table, [*table.labels, '', *(_short(metric) for metric in table.metrics), 'config'])
+    heads = [*table.labels, '', *(_short(metric) for metric in table.metrics), 'config']
+    body: list[list[Any]] = []
     notes: list[str] = []
     missing = []
     for row in table.rows:
@@ -41,7 +43,7 @@ def markdown(table: Table, entries: Mapping[str, list[Entry]], trials: int = 1, 
         if row.options or row.times_images > 1:
             config += f', {_options_in_words(row)}'
         paper = [f'{row.paper[metric]:.1f}' if metric in row.paper else '' for metric in table.metrics]
-        lines.append(_line([*row.labels, 'paper' if row.paper else 'paper: no number', *paper, config]))
+        body.append([*row.labels, 'paper' if row.paper else 'paper: no number', *paper, config])
         finished = 0
         for entry in entries.get(row.name, []):
             if not entry.finished:
@@ -53,7 +55,7 @@ def markdown(table: Table, entries: Mapping[str, list[Entry]], trials: int = 1, 
                 notes += [note] * (note not in notes)
                 who += f', not as in the paper ({notes.index(note) + 1})'
             cells = ['-' if result is None else _with_deviation(*result) for result in results]
-            lines.append(_line([*[''] * len(row.labels), who, *cells, '']))
+            body.append([*[''] * len(row.labels), who, *cells, ''])
             if not entry.differences:
                 finished = len(entry.finished)
                 gaps = [
@@ -61,9 +63,10 @@ def markdown(table: Table, entries: Mapping[str, list[Entry]], trials: int = 1, 
                     for metric, result in zip(table.metrics, results, strict=True)
                 ]
                 if any(gaps):
-                    lines.append(_line([*[''] * len(row.labels), 'difference', *gaps, '']))
+                    body.append([*[''] * len(row.labels), 'difference', *gaps, ''])
         if finished < trials:
             missing.append(f'{row.name} ({_progress(entries.get(row.name, []), finished, trials)})')
+    lines = _titled(table, heads, body)
     if notes:
         lines += ['', *(f'({number}) {note}' for number, note in enumerate(notes, 1))]
     lines += _nothing_detected(table, entries)
@@ -75,17 +78,18 @@ def markdown(table: Table, entries: Mapping[str, list[Entry]], trials: int = 1, 
 
 
 def _markdown_of_study(table: Table, entries: Mapping[str, list[Entry]], trials: int) -> str:
-    lines = _heading(table, [*table.labels, *(_short(metric) for metric in table.metrics), 'trials'])
+    heads = [*table.labels, *(_short(metric) for metric in table.metrics), 'trials']
+    body: list[list[Any]] = []
     missing = []
     for row in table.rows:
         as_planned = [entry for entry in entries.get(row.name, []) if not entry.differences]
         runs = [run for entry in as_planned for run in entry.finished]
         results = [summarize(runs, metric) for metric in table.metrics]
         cells = ['-' if result is None else _with_deviation(*result) for result in results]
-        lines.append(_line([*row.labels, *cells, len(runs)]))
+        body.append([*row.labels, *cells, len(runs)])
         if len(runs) < trials:
             missing.append(f'{row.name} ({_progress(entries.get(row.name, []), len(runs), trials)})')
-    lines += _nothing_detected(table, entries)
+    lines = [*_titled(table, heads, body), *_nothing_detected(table, entries)]
     if missing:
         lines += ['', f'Not trained: {", ".join(missing)}.']
     return '\n'.join(lines) + '\n'
@@ -101,16 +105,12 @@ def _nothing_detected(table: Table, entries: Mapping[str, list[Entry]]) -> list[
     return ['', f'Nothing was detected, which counts as AP 0: {", ".join(found)}.'] if found else []
 
 
-def _heading(table: Table, heads: list[str]) -> list[str]:
-    return [f'### {table.title}', '', _line(heads), _line(['---'] * len(heads))]
+def _titled(table: Table, heads: list[str], rows: list[list[Any]]) -> list[str]:
+    return [f'### {table.title}', '', markdown_table(heads, rows, rule=' --- ')]
 
 
 def _trials(runs: list[Run]) -> str:
     return f'{len(runs)} trial{"s" * (len(runs) > 1)}'
-
-
-def _line(cells: Iterable[Any]) -> str:
-    return f'| {" | ".join(str(cell) for cell in cells)} |'
 
 
 def _short(metric: str) -> str:

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -159,9 +160,14 @@ class Trial:
             )
 
 
-@cache
 def load(config: Path) -> Config:
     """The config, not to be changed. What is asked of a small twin here is the same for all rows."""
+    return _load(config, os.environ.get('COCO_ROOT'))
+
+
+@cache
+def _load(config: Path, coco_root: str | None) -> Config:
+    """Reads a config once for each value of COCO_ROOT, which the configs read."""
     return Config.fromfile(config)
 
 
