@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten
 
 from mmdet_cbn import CBN
 from mmdet_cbn.openmmlab.checkpoints import find_latest_checkpoint
+from mmdet_cbn.openmmlab.patches import safe_runner
 
 PROCESSES = multiprocessing.get_context('forkserver')
 PROCESSES.set_forkserver_preload(['mmdet_cbn.experiments.data.varied'])  # and with it all that takes seconds to import
@@ -62,7 +63,8 @@ def train(folder, epochs, save_window, die_at, write_to_die_in):
     runner = runner_for(folder, model, hook, epochs=epochs, resume=True)
     # Besides mmengine's own: each checkpoint is written again while it is there and named.
     runner.register_hook(dict(type='CheckpointHook', interval=1))
-    runner.train()
+    with safe_runner():  # as in tools/train.py
+        runner.train()
     (folder / 'window_lengths').write_text(repr(model.lengths))
 
 

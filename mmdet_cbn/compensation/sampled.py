@@ -48,7 +48,7 @@ class Sampled(Compensation):
     def __init__(self, samples: int) -> None:
         self.samples = samples
         # The state changes from layer to layer, because the weights between them are drawn. It is only read.
-        self.draws = zlib.crc32(bytes(torch.get_rng_state().untyped_storage().tolist())) << 31
+        self.draws = zlib.crc32(bytes(iter(torch.get_rng_state().untyped_storage()))) << 31
 
     @classmethod
     def of(cls, order: int, samples: int | None) -> 'Sampled | None':

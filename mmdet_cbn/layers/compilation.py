@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..old_torch import custom_op, is_compiling
+from .running import Running
 from .statistics import statistics_dtype
 
 # An operator takes tensors and numbers, so modules have numbers. A copy of a module has another number.
@@ -42,7 +43,7 @@ def opaque_to_compiler(method: Callable) -> Callable:
     """
 
     @wraps(method)
-    def step(layer: Any, x: Tensor, found_conv: tuple[nn.Module, Tensor] | None, running: tuple) -> tuple:
+    def step(layer: Any, x: Tensor, found_conv: tuple[nn.Module, Tensor] | None, running: Running) -> tuple:
         if not is_compiling():
             return method(layer, x, found_conv, running)
         conv, conv_input = (-1, None) if found_conv is None else (number_of(found_conv[0]), found_conv[1])
@@ -86,7 +87,7 @@ def _step_operator(
     """
     norm: Any = _modules[layer]
     found_conv = None if conv_input is None else (_modules[conv], conv_input)
-    mean, var, fraction, call = norm.window_step(x, found_conv, (running_mean, running_var, num_batches_tracked))
+    mean, var, fraction, call = norm.window_step(x, found_conv, Running(running_mean, running_var, num_batches_tracked))
     norm.windows.iteration.compiled_call = call if is_learning else None
     return mean, var, fraction
 

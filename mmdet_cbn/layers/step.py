@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..old_torch import is_autocast_enabled
 from ..pairing import ConvCall
 from ..window.calls import Call, is_recomputing
+from .running import Running
 
 
 class WindowStep(NamedTuple):
@@ -48,7 +49,7 @@ def once_per_step(method: Callable) -> Callable:
 
     @wraps(method)
     def step(
-        layer: Any, x: Tensor, found_conv: tuple[nn.Conv2d, Tensor] | None, running: tuple
+        layer: Any, x: Tensor, found_conv: tuple[nn.Conv2d, Tensor] | None, running: Running
     ) -> tuple[Tensor, Tensor, Tensor, Call]:
         module = None if found_conv is None else found_conv[0]
         windows = layer.windows
