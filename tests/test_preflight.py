@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -208,6 +209,34 @@ def test_processes_that_train_apart_are_found(check, monkeypatch):
     monkeypatch.setattr(preflight, 'train_together', train_apart)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)
     assert 'after 3 steps, 0.weight differs between processes' in check('processes')['processes'].found
+
+
+@pytest.mark.parametrize(
+    ('started_at', 'ends_at', 'found'),
+    [
+        (600, 700, 'the weights are equal after 3 steps of DistributedDataParallel'),
+        (600, math.inf, 'no end after 180 s'),
+        (math.inf, math.inf, 'not started after 900 s'),
+    ],
+)
+def test_processes_may_take_long_to_import_but_not_to_meet(check, monkeypatch, started_at, ends_at, found):
+    now = 0
+
+    def start_processes(function, args, nprocs, **_):
+        def join(timeout):
+            nonlocal now
+            now += 50
+            if now >= started_at:
+                for rank in range(nprocs):
+                    preflight.started_file(args[-1], rank).touch()
+            return now >= ends_at
+
+        return SimpleNamespace(join=join, processes=[])
+
+    monkeypatch.setattr(preflight.multiprocessing, 'start_processes', start_processes)
+    monkeypatch.setattr(preflight, 'time', SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)
+    assert check('processes')['2 processes, gloo'].found == found
 
 
 def test_a_step_is_timed(check, monkeypatch):

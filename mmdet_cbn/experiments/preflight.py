@@ -56,7 +56,8 @@ KINDS: dict[str, Callable[[], CBN]] = {
 }
 MEMORY_FORMATS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
 MOST_DEVIATION = 5  # times BatchNorm's: two layers of the same precision round differently
-SECONDS_TO_MEET = 180  # within which processes have to find each other and train
+SECONDS_TO_START = 900  # for processes to import all that they need, which takes minutes on a busy machine
+SECONDS_TO_MEET = 180  # from then on, for them to find each other, train and end
 
 Status = Literal['ok', 'NOT OK', 'not applicable here']
 
@@ -337,22 +338,38 @@ def check_processes(machine: Machine) -> Iterator[Result]:
     backend, count = ('nccl', min(gpus, machine.gpus)) if gpus else ('gloo', 2)
     subject = f'{count} process{"es" * (count > 1)}, {backend}'
     with tempfile.TemporaryDirectory() as folder:
+        meet = f'{folder}/meet'
         context = multiprocessing.start_processes(
-            train_together, args=(count, backend, f'{folder}/meet'), nprocs=count, join=False, start_method='spawn'
+            train_together, args=(count, backend, meet), nprocs=count, join=False, start_method='spawn'
         )
-        end = time.monotonic() + SECONDS_TO_MEET
+        have_started = False
+        end = time.monotonic() + SECONDS_TO_START
         try:
             while not context.join(timeout=1):
-                if time.monotonic() > end:
+                if not have_started and all(started_file(meet, rank).exists() for rank in range(count)):
+                    have_started = True
+                    end = time.monotonic() + SECONDS_TO_MEET
+                if time.monotonic() <= end:
+                    continue
+                if have_started:
+                    found = f'no end after {SECONDS_TO_MEET} s'
                     advice = 'NCCL_DEBUG=INFO tells more. Often a firewall or an interface is the cause.'
-                    yield Result(subject, 'NOT OK', f'no end after {SECONDS_TO_MEET} s', advice)
-                    return
+                else:
+                    found = f'not started after {SECONDS_TO_START} s'
+                    advice = 'The machine is too busy, or its disk too slow, to import torch and mmdet.'
+                yield Result(subject, 'NOT OK', found, advice)
+                return
         except multiprocessing.ProcessRaisedException as error:
             raise RuntimeError(str(error).strip().splitlines()[-1]) from error
         finally:
             for process in context.processes:
                 process.kill()
     yield Result(subject, 'ok', 'the weights are equal after 3 steps of DistributedDataParallel')
+
+
+def started_file(meet: str, rank: int) -> Path:
+    """The file that tells that a process has imported everything and begins."""
+    return Path(f'{meet}-{rank}')
 
 
 def train_together(rank: int, processes: int, backend: str, meet: str) -> None:
@@ -367,13 +384,14 @@ def train_together(rank: int, processes: int, backend: str, meet: str) -> None:
     Raises:
         RuntimeError: The weights differ from those of another process afterwards.
     """
+    started_file(meet, rank).touch()
     on_gpu = backend == 'nccl'
     device = torch.device('cuda', rank) if on_gpu else torch.device('cpu')
     if on_gpu:
         torch.cuda.set_device(device)
-    distributed.init_process_group(
-        backend, f'file://{meet}', timedelta(seconds=SECONDS_TO_MEET), world_size=processes, rank=rank
-    )
+    # The others may still be importing.
+    timeout = timedelta(seconds=SECONDS_TO_START + SECONDS_TO_MEET)
+    distributed.init_process_group(backend, f'file://{meet}', timeout, world_size=processes, rank=rank)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), CBN(8, window_size=2)).to(device)
     parallel = DistributedDataParallel(model, device_ids=[rank] if on_gpu else None)
