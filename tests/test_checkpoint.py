@@ -17,6 +17,7 @@ from mmengine.runner import CheckpointLoader, load_checkpoint, runner
 from torch import nn
 
 from mmdet_cbn.old_torch import IS_BEFORE_2_6
+from mmdet_cbn.openmmlab.patches import safe_runner
 
 
 class Evil:
@@ -34,6 +35,12 @@ class EvilGetattr(Evil):
 
     def __reduce__(self):
         return getattr, (HistoryBuffer, 'register_statistics')
+
+
+@pytest.fixture(autouse=True)
+def _as_in_our_tools():
+    with safe_runner():
+        yield
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ It needs no gradient and contains all orders of the Taylor series. Its error com
 positions it is exact for the layer.
 """
 
+import ctypes
 import random
 import zlib
 from typing import Any, NamedTuple
@@ -48,7 +49,9 @@ class Sampled(Compensation):
     def __init__(self, samples: int) -> None:
         self.samples = samples
         # The state changes from layer to layer, because the weights between them are drawn. It is only read.
-        self.draws = zlib.crc32(bytes(iter(torch.get_rng_state().untyped_storage()))) << 31
+        # By its address, because fake tensors (torch.export, tests) would take part in any operation on it.
+        state = torch.get_rng_state()
+        self.draws = zlib.crc32(ctypes.string_at(state.data_ptr(), state.nbytes)) << 31
 
     @classmethod
     def of(cls, order: int, samples: int | None) -> 'Sampled | None':

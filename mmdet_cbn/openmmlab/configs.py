@@ -15,6 +15,6 @@ def get_cfg_path(cfg_path: str, filename: str) -> tuple[str, str | None]:
     return path, None if scope == 'mmdet_cbn' else scope
 
 
-# A module's name, not a distribution's: mmengine looks for a distribution in site-packages only, and a package that was
-# installed with --editable is not there.
-PACKAGE = __name__
+# mmengine looks for .mim beside this module. It is a module's name, not a distribution's: mmengine looks for a
+# distribution in site-packages only, and a package that was installed with --editable is not there.
+PACKAGE = 'mmdet_cbn.version'
