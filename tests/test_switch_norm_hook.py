@@ -233,7 +233,7 @@ def test_it_switches_inside_distributed_data_parallel(tmp_path):
             ValueError,
             "SwitchNormHook: to must have .* 'affine': False",
         ),
-        (dict(epoch=1, to=dict(type='BRN', eps=0)), ValueError, 'SwitchNormHook: to must be .*BRN: r_max must be'),
+        (dict(epoch=1, to=dict(type='BRN', r_max=0)), ValueError, 'SwitchNormHook: to must be .*BRN: r_max must'),
         (dict(epoch=1, source='ReLU'), ValueError, "source must be a registered normalizer .* 'ReLU'"),
         (dict(epoch=1, prefixes=3), TypeError, 'prefixes must be a name, a list of names or None, got 3'),
     ],

@@ -111,7 +111,7 @@ def test_the_tool_names_annotations_that_are_cut_off(run, shapes_root, tmp_path)
         text = (shapes_root / 'annotations' / f'instances_{name}2017.json').read_text()
         (tmp_path / 'annotations' / f'instances_{name}2017.json').write_text(text[:99])
     with pytest.raises(
-        AssertionError, match=r'RuntimeError: .*instances_train2017\.json is no file of COCO annotations'
+        AssertionError, match=r'RuntimeError: .*instances_train2017\.json is not a file of COCO annotations'
     ):
         run('python', ROOT / 'tools/train.py', CONFIG, *SMALL_RUN, SHAPES_ROOT=str(tmp_path))
 
