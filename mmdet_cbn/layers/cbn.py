@@ -256,7 +256,7 @@ class CBN(nn.BatchNorm2d):
             # It would trace the window into the graph, and leave tensors of its own in it.
             raise RuntimeError(f'{title_of(self)} cannot be exported in training: call model.eval() before.')
         self._check_input_dim(input)
-        if not self.burn_in and input.numel() == input.size(1):
+        if not self.burn_in and 0 < input.numel() == input.size(1):
             raise ValueError(
                 f'{title_of(self)} expected more than 1 value per channel when training, got input size {input.size()}'
             )
