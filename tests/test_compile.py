@@ -22,7 +22,7 @@ from mmdet_cbn.pairing import watch
 BREAKS_NO_GRAPH = not IS_BEFORE_2_8
 COMPENSATED = [dict(), dict(order=2), dict(samples=20)]
 KINDS = pytest.mark.parametrize('kind', [dict(order=0), *COMPENSATED], ids=str)
-BACKENDS = pytest.mark.parametrize('backend', ['aot_eager', 'inductor'])
+BACKENDS = pytest.mark.parametrize('backend', ['aot_eager', pytest.param('inductor', marks=pytest.mark.slow)])
 
 
 @pytest.fixture(autouse=True)
@@ -148,6 +148,7 @@ def test_forwards_without_gradients_count_as_iterations():
 
 
 @pytest.mark.parametrize('with_cp', [False, True])
+@pytest.mark.slow
 def test_mmdets_resnet_trains_as_without_it(with_cp):
     """Where a block is checkpointed, graphs may break, but the numbers stay."""
     torch.manual_seed(0)
@@ -177,6 +178,7 @@ def test_evaluation_compiles_whole_and_is_as_without_it(backend):
             torch.testing.assert_close(compiled(xs), model(xs))
 
 
+@pytest.mark.slow
 def test_mmengine_compiles_it(tmp_path):
     """``compile=True`` of its config. mmengine compiles the optimizer, too, and torch 2.1 fails at SGD's momentum."""
     losses = []

@@ -340,6 +340,7 @@ def test_unusable_arguments_are_errors(convert, tmp_path):
         assert status == 2 and message in printed.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_the_tool_is_a_command(faster, tmp_path):
     torch.save(faster[2], tmp_path / 'in.pth')
     command = [sys.executable, TOOL, 'in.pth', 'out.pth', '--config', SMALL]

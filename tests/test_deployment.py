@@ -32,6 +32,8 @@ sys.modules['mmdet_cbn'] = None  # to import it raises ModuleNotFoundError
 import torch
 from mmdet.apis import inference_detector, init_detector
 from mmengine.runner import load_checkpoint
+
+pytestmark = pytest.mark.slow
 config, checkpoint, image, out = sys.argv[1:]
 detector = init_detector(config, checkpoint, device='cpu')
 load_checkpoint(detector, checkpoint, strict=True)

@@ -92,6 +92,7 @@ def assert_they_end_alike(undisturbed, killed, epochs):
         assert leaves[0] and all(torch.equal(*pair) for pair in zip(*leaves, strict=True)), key
 
 
+@pytest.mark.slow
 def test_ten_kills_change_nothing(tmp_path):
     undisturbed, killed = tmp_path / 'undisturbed', tmp_path / 'killed'
     moments = random.Random(0)

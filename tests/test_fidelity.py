@@ -49,6 +49,7 @@ def worst(errors, compensation, layer=''):
     return max(max(error.mean_error, error.var_error) for error in found)
 
 
+@pytest.mark.slow
 def test_unchanged_weights_leave_no_error(errors):
     found = errors(**{'optim_wrapper.optimizer.lr': 0.0})
     assert {(error.iteration, error.tau) for error in found} == {(i, tau) for i in (4, 8) for tau in (1, 2, 3)}
@@ -65,6 +66,7 @@ def test_unchanged_weights_leave_no_error(errors):
     assert min(error.mean_error for error in found if error.compensation == NOISE) > 1e-3, 'batches differ'
 
 
+@pytest.mark.slow
 def test_nothing_is_left_where_the_layer_itself_changed_and_all_positions_are_samples(errors):
     found = errors()
     first = 'backbone.bn1'  # before it no layer changes
@@ -73,6 +75,7 @@ def test_nothing_is_left_where_the_layer_itself_changed_and_all_positions_are_sa
     assert worst(found, f'{ALL} samples', 'backbone.layer4') > 1e-3, 'the layers before have changed'
 
 
+@pytest.mark.slow
 def test_the_training_goes_on_as_without_it(build_runner):
     plain = train(build_runner)
     watched = train(build_runner, StatisticsFidelityHook(every=4, max_tau=2, two_layers=False))
@@ -80,6 +83,7 @@ def test_the_training_goes_on_as_without_it(build_runner):
         assert torch.equal(value, watched.model.state_dict()[name]), name
 
 
+@pytest.mark.slow
 def test_burn_in_is_not_compared(errors):
     iterations = {error.iteration for error in errors(**{'custom_hooks.0.burn_in_epochs': 1})}
     assert iterations == {8}
@@ -172,6 +176,7 @@ def run_tool(varied_root, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_the_tool_writes_tables_and_plots_and_draws_them_anew(run_tool, tmp_path):
     options = ['--cfg-options', 'custom_hooks.0.burn_in_epochs=0']
     numbers = ['--every', 4, '--max-tau', 2, '--samples', 8, '--iters', 4]

@@ -59,6 +59,7 @@ def test_predecessors_are_followed_through_additions(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_ratios_are_those_of_whole_jacobians(tmp_path):
     """While the window holds one iteration, CBN is BN: autograd differentiates a net of BatchNorm2d."""
     hook = GradientRatioHook(every=1, draws=3000)

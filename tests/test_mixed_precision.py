@@ -15,6 +15,7 @@ KINDS = pytest.mark.parametrize('kind', [dict(), dict(order=0), dict(order=2), d
 
 
 @pytest.mark.parametrize('kind', [dict(), dict(samples=64)], ids=str)
+@pytest.mark.slow
 def test_a_detector_trains_in_bfloat16_as_in_float32(build_runner, monkeypatch, kind):
     """Backbone, FPN and shared head, with mmengine's AmpOptimWrapper, which asks for a GPU for float16's sake."""
     monkeypatch.setattr('mmengine.optim.optimizer.amp_optimizer_wrapper.is_cuda_available', lambda: True)

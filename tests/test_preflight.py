@@ -34,6 +34,7 @@ def check(tmp_path):
     return lambda name: {result.subject: result for result in run_check(name, machine)}
 
 
+@pytest.mark.slow
 def test_the_tool_ends_with_a_table_and_a_status(tmp_path):
     def run(*arguments):
         command = [sys.executable, ROOT / 'tools/preflight.py', '--gpus', '1', '--work-dir', tmp_path, *arguments]
@@ -89,6 +90,7 @@ def test_coco_that_is_not_whole_is_found(check, coco, harm, found):
     assert results['COCO, val'].status == 'NOT OK' and re.search(found, results['COCO, val'].found)
 
 
+@pytest.mark.slow
 def test_weights_are_whole_or_within_reach(check, tmp_path, monkeypatch):
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
     folder = tmp_path / 'hub' / 'checkpoints'
@@ -127,6 +129,7 @@ def test_names_of_weights_are_found_where_mmengine_looks():
         assert re.fullmatch(file, preflight.weights_file(preflight.weights_url(name)).name)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_found(check, monkeypatch):
     for free, status, advised in ((10**13, 'ok', False), (50 * 10**9, 'ok', True), (10**9, 'NOT OK', True)):
         monkeypatch.setattr(preflight.shutil, 'disk_usage', lambda _, free=free: SimpleNamespace(free=free))
@@ -206,6 +209,7 @@ def train_apart(*args):
 together = preflight.train_together
 
 
+@pytest.mark.slow
 def test_processes_that_train_apart_are_found(check, monkeypatch):
     monkeypatch.setattr(preflight, 'train_together', train_apart)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)
@@ -220,6 +224,7 @@ def test_processes_that_train_apart_are_found(check, monkeypatch):
         (math.inf, math.inf, 'not started after 900 s'),
     ],
 )
+@pytest.mark.slow
 def test_processes_may_take_long_to_import_but_not_to_meet(check, monkeypatch, started_at, ends_at, found):
     now = 0
 

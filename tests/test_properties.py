@@ -22,6 +22,8 @@ from mmdet_cbn import BRN, CBN, CBNBurnInHook, SwitchNormHook
 from mmdet_cbn.experiments.oracle import OracleCBN
 from mmdet_cbn.window import file as window_file
 
+pytestmark = pytest.mark.slow
+
 _shared = dict(deadline=None, database=None, suppress_health_check=list(HealthCheck))
 settings.register_profile('reproducible', max_examples=100, derandomize=True, **_shared)
 settings.register_profile('thorough', max_examples=3000, print_blob=True, **_shared)

@@ -81,6 +81,7 @@ def runs_of(folder):
     return {run.config: run for run in find_runs([folder])}
 
 
+@pytest.mark.slow
 def test_after_a_kill_training_goes_on_and_nothing_is_lost_or_run_twice(killed_and_restarted):
     folder, (second, third) = killed_and_restarted
     names = [f'faster-rcnn_r50_fpn_{row}_1x_coco, seed 0' for row in ROWS]
@@ -465,6 +466,7 @@ def test_wrong_arguments_are_named(arguments, message, monkeypatch, capsys):
     assert code == 2 and message in text
 
 
+@pytest.mark.slow
 def test_a_row_that_fails_does_not_stop_the_others(monkeypatch, tmp_path):
     """Without any data each fails; both are tried, and the end says so."""
     environment = {**os.environ, 'SHAPES_ROOT': str(tmp_path / 'nowhere')}
@@ -613,6 +615,7 @@ def test_other_settings_are_refused(fake):
 
 
 @pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.slow
 def test_a_trial_is_held_as_long_as_its_command_runs(fake, tmp_path, number):
     """Told to end, it takes its command along. Killed outright it cannot, and the trial stays held."""
     trial = fake()

@@ -102,6 +102,7 @@ def test_commands_name_the_studys_configs(tmp_path):
 
 
 @pytest.mark.parametrize('method', METHODS)
+@pytest.mark.slow
 def test_each_method_trains(method, build_runner, varied_root, monkeypatch):
     monkeypatch.setenv('VARIED_ROOT', str(varied_root))
     row = row_of(IMAGES, method, 2)
@@ -118,6 +119,7 @@ def test_each_method_trains(method, build_runner, varied_root, monkeypatch):
         assert {(layer.order, layer.samples, layer.window_size) for layer in layers} == {(order, samples, 8)}
 
 
+@pytest.mark.slow
 def test_a_plain_resnet_trains_and_is_looked_at(build_runner, varied_root, monkeypatch):
     monkeypatch.setenv('VARIED_ROOT', str(varied_root))
     options = {'train_cfg.max_epochs': 1, 'param_scheduler': [], 'custom_hooks.0.burn_in_epochs': 0}

@@ -54,6 +54,7 @@ def run(shapes_root, tmp_path):
     return run_command
 
 
+@pytest.mark.slow
 def test_train_resume_and_test(run, tmp_path):
     train = ('python', ROOT / 'tools/train.py', CONFIG, '--work-dir', 'run', *SMALL_RUN)
     run(*train, 'train_cfg.max_epochs=1')
@@ -170,6 +171,7 @@ def note_threads():
 
 
 @pytest.mark.parametrize(('processes', 'broadcast'), [(2, False), (4, True)])
+@pytest.mark.slow
 def test_distributed_training_and_testing(run, tmp_path, shapes_root, processes, broadcast):
     """As the script stands, and with a port and a wrapper of the user's. The last process finds nothing on its images,
     so it has no RoI for its mask head."""

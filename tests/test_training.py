@@ -65,6 +65,7 @@ def retinanet(build_runner, norm_cfg, iterations, config='retinanet/retinanet_r5
 @pytest.mark.parametrize(
     'config', ['retinanet/retinanet_r50_fpn_1x_coco.py', 'fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py']
 )
+@pytest.mark.slow
 def test_a_head_shared_by_the_levels_of_the_fpn_has_a_window_for_each(build_runner, config):
     runner = retinanet(build_runner, dict(type='CBN', window_size=3), 4, config)
     runner.train()
@@ -90,6 +91,7 @@ def test_auto_reads_the_batch_size_from_mmdets_batch_sampler(build_runner):
 
 @pytest.mark.parametrize('where', ['head', 'all'])
 @pytest.mark.parametrize('detector', DETECTORS)
+@pytest.mark.slow
 def test_the_papers_recipes_train_an_iteration_after_burn_in(build_runner, shapes_root, detector, where):
     """At a small image size; everything else as it is."""
     runner = build_runner(
@@ -123,6 +125,7 @@ MASK = ['4conv1fc', 'bn-head', 'syncbn-head', 'gn-head', 'cbn-head', 'cbn-all']
 @pytest.mark.parametrize(
     'row', [*(f'faster-rcnn_r50_fpn_{n}' for n in FASTER), *(f'mask-rcnn_r50_fpn_{n}' for n in MASK)]
 )
+@pytest.mark.slow
 def test_every_kind_of_row_trains_and_is_evaluated_in_its_small_twin(build_runner, row):
     runner = build_runner(
         'small/r18_shapes.py',
@@ -148,6 +151,7 @@ def test_every_kind_of_row_trains_and_is_evaluated_in_its_small_twin(build_runne
         assert type(runner.model.neck.fpn_convs[0].bn).__name__ == 'SyncBatchNorm'
 
 
+@pytest.mark.slow
 def test_train_evaluate_and_resume(build_runner):
     """Burn-in, evaluation in between and resuming, with real checkpoints."""
     name, burn_in = 'small/r18_shapes.py', {'custom_hooks.0.burn_in_epochs': 1}

@@ -126,6 +126,7 @@ def train_in_one_of_two_processes(rank, folder):
     distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_may_be_saved_in_one_process_alone(tmp_path):
     """Other processes are not waited for, which would never come."""
     multiprocessing.spawn(train_in_one_of_two_processes, (tmp_path,), nprocs=2)
