@@ -20,6 +20,8 @@ from torch import nn
 
 from mmdet_cbn import CBN
 
+pytestmark = pytest.mark.slow
+
 HAS_DYNAMO = hasattr(getattr(torch.export, 'Dim', None), 'DYNAMIC')  # torch >= 2.6
 EXPORTERS = pytest.mark.parametrize(
     'dynamo', [False, *[True] * HAS_DYNAMO], ids=['torchscript', 'dynamo'][: 1 + HAS_DYNAMO]
@@ -32,8 +34,6 @@ sys.modules['mmdet_cbn'] = None  # to import it raises ModuleNotFoundError
 import torch
 from mmdet.apis import inference_detector, init_detector
 from mmengine.runner import load_checkpoint
-
-pytestmark = pytest.mark.slow
 config, checkpoint, image, out = sys.argv[1:]
 detector = init_detector(config, checkpoint, device='cpu')
 load_checkpoint(detector, checkpoint, strict=True)
