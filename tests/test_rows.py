@@ -1,5 +1,5 @@
 """Rows of the paper's tables as tools/reproduce.py trains them, at full size, for a few epochs of 2 images; and every
-other config of configs/cbn, on a small image. `make test-rows` runs these, `make test` does not.
+other config of configs/cbn, on a small image. `make test-all` runs these, `make test` does not.
 """
 
 import csv
