@@ -117,6 +117,7 @@ def test_the_tool_names_annotations_that_are_cut_off(run, shapes_root, tmp_path)
         run('python', ROOT / 'tools/train.py', CONFIG, *SMALL_RUN, SHAPES_ROOT=str(tmp_path))
 
 
+@pytest.mark.slow
 def test_mmdets_own_tool_trains_through_custom_imports(run):
     log = run('python', find_tool('train.py'), CONFIG, *SMALL_RUN, 'train_cfg.max_epochs=1')
     assert 'CBN: 32 layers in training, window size 4, order 1; burn-in ends after epoch 1.' in log

@@ -24,6 +24,7 @@ def losses(runner):
 
 @pytest.mark.parametrize('data', DATA)
 @pytest.mark.parametrize('detector', DETECTORS)
+@pytest.mark.slow
 def test_a_few_iterations_have_finite_losses(build_runner, detector, data):
     runner = build_runner(
         f'small/r18_{data}.py',
