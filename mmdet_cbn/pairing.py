@@ -55,6 +55,10 @@ class ConvCall(NamedTuple):
         """The mean [C_out] of the output if the convolution had no bias."""
         return mean if self.bias is None else mean - self.bias
 
+    def with_bias(self, mean: Tensor) -> Tensor:
+        """The inverse of :meth:`without_bias`."""
+        return mean if self.bias is None else mean + self.bias
+
 
 class _Remembered(NamedTuple):
     conv: _ConvNd

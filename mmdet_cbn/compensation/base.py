@@ -73,3 +73,8 @@ class Compensation(ABC):
         """
         if state:
             raise ValueError(f'it has {state!r}: order or samples are others')
+
+
+def are_of_channels(num_features: int, *stacked: Tensor) -> bool:
+    """Whether all of ``stacked``, read from a file, are [n, num_features]."""
+    return all(tensor.shape[1:] == (num_features,) for tensor in stacked)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 from ..pairing import ConvCall
-from .base import Compensation
+from .base import Compensation, are_of_channels
 from .patches import dot_mean_grad, mean_patch
 
 
@@ -53,9 +53,8 @@ class FirstOrder(Compensation):
         return compensate(old, conv.weight, conv.groups) if fits else None
 
     def could_keep(self, old: Any, num_features: int) -> bool:
-        of_channels = (old.mean, old.var, old.mean_product, old.var_product)
         return (
-            all(tensor.shape[1:] == (num_features,) for tensor in of_channels)
+            are_of_channels(num_features, old.mean, old.var, old.mean_product, old.var_product)
             and old.mean_grad.dim() == 4
             and old.var_grad.dim() == 5
             and old.var_grad.size(1) == num_features

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..pairing import ConvCall
-from .base import Compensation
+from .base import Compensation, are_of_channels
 
 
 class NaiveStatistics(NamedTuple):
@@ -32,4 +32,4 @@ class Naive(Compensation):
         return old.mean, old.var
 
     def could_keep(self, old: Any, num_features: int) -> bool:
-        return old.mean.shape[1:] == old.var.shape[1:] == (num_features,)
+        return are_of_channels(num_features, old.mean, old.var)

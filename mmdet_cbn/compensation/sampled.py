@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..pairing import ConvCall
-from .base import Compensation
+from .base import Compensation, are_of_channels
 from .patches import patches_at
 
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
@@ -70,9 +70,8 @@ class Sampled(Compensation):
         return compensate_samples(old, conv.weight, conv.groups) if fits else None
 
     def could_keep(self, old: Any, num_features: int) -> bool:
-        of_channels = (old.mean, old.var, old.sample_mean, old.sample_var)
         return (
-            all(tensor.shape[1:] == (num_features,) for tensor in of_channels)
+            are_of_channels(num_features, old.mean, old.var, old.sample_mean, old.sample_var)
             and old.patches.dim() == 3
             and old.share.dim() == 2
         )

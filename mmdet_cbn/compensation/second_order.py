@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..pairing import ConvCall
-from .base import Compensation
+from .base import Compensation, are_of_channels
 from .patches import all_patches, dot_mean_grad, mean_patch
 
 _NUMBERS_AT_ONCE = 2**24  # of all patches, which together can be too many for the memory
@@ -50,9 +50,8 @@ class SecondOrder(Compensation):
         return old.mean + mean_change, (old.var + var_change).clamp_(min=0)
 
     def could_keep(self, old: Any, num_features: int) -> bool:
-        of_channels = (old.mean, old.var, old.mean_product, old.var_product)
         return (
-            all(tensor.shape[1:] == (num_features,) for tensor in of_channels)
+            are_of_channels(num_features, old.mean, old.var, old.mean_product, old.var_product)
             and old.mean_grad.dim() == 4
             and old.covariance.dim() == 4
         )

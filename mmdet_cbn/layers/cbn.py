@@ -172,7 +172,8 @@ class CBN(nn.BatchNorm2d):
         past = None if old is None else self.compensation.under_current_weights(old, conv)  # Eq. 7, 8 and 10
         own_mean = mean if conv is None else conv.without_bias(mean)
         window_mean, window_var, fraction = window_statistics(own_mean, var, past)  # Eq. 9 to 11
-        step = WindowStep(x, conv, mean, var, old, past, window_mean, window_var, fraction)
+        biased_mean = window_mean if conv is None else conv.with_bias(window_mean)
+        step = WindowStep(x, conv, mean, var, old, past, window_mean, biased_mean, window_var, fraction)
         self._observe(step)
         self.windows.current.push(self.compensation.keep(x, mean, var, conv))
         self._update_running(step, running)

@@ -24,14 +24,9 @@ class WindowStep(NamedTuple):
     old: Any  #: what the window kept of n earlier iterations, stacked; None if there are none
     past: tuple[Tensor, Tensor] | None  #: mean and variance of these under the current weights, [n, C] each
     window_mean: Tensor  #: without the bias of the convolution, [C]
+    biased_window_mean: Tensor  #: with the current bias of the convolution, [C]
     window_var: Tensor  #: [C]
     fraction: Tensor  #: of the window that is the current iteration, [C]
-
-    @property
-    def biased_window_mean(self) -> Tensor:
-        """The mean of the window with the current bias of the convolution, [C]."""
-        bias = None if self.conv is None else self.conv.bias
-        return self.window_mean if bias is None else self.window_mean + bias
 
 
 def once_per_step(method: Callable) -> Callable:
@@ -62,10 +57,9 @@ def once_per_step(method: Callable) -> Callable:
         full_precision = torch.autocast(device, enabled=False) if is_autocast_enabled(device) else nullcontext()
         with torch.no_grad(), full_precision:
             made: WindowStep = method(layer, x, None if found_conv is None else ConvCall.of(*found_conv), running)
-            mean = made.biased_window_mean
         if windows.has_dropped or (made.past is None and not was_empty):
             layer.warn_once('its window has statistics of another convolution, which are dropped')
-        result = mean, made.window_var, made.fraction
+        result = made.biased_window_mean, made.window_var, made.fraction
         windows.iteration.note(x.shape, module, result)
         return *result, call
 
