@@ -296,6 +296,18 @@ def test_without_running_statistics_evaluation_uses_the_batch_as_batchnorm_does(
     assert torch.equal(model(x), reference(model[0](x)))
 
 
+@pytest.mark.parametrize('burn_in', [False, True])
+def test_running_statistics_stop_where_track_running_stats_is_set_to_false(burn_in):
+    model = conv_and_norm(window_size=3)
+    model[1].burn_in = burn_in
+    model[1].track_running_stats = False
+    before = {name: value.clone() for name, value in model[1].state_dict().items()}
+    for x in batches(3):
+        model(x)
+    for name, value in model[1].state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
 def test_without_affine_parameters():
     model = conv_and_norm(window_size=3)
     plain = nn.Sequential(copy.deepcopy(model[0]), CBN(4, affine=False, window_size=3)).double()

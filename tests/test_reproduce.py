@@ -457,7 +457,7 @@ def test_a_small_twin_multiplies_its_own_images():
         (['--table', '5', '--rows', 'bn', 'cbn-head'], '--rows: bn not in the table; it has none, bn-head, '),
         (['--table', '5', '--gpus', '0'], '--gpus must be 1 or more, got 0'),
         (['--table', '5', '--trials', '-1'], '--trials must be 1 or more, got -1'),
-        (['--table', '5', 'study-rate', '--small'], '--small: the tables of our study have no small twins'),
+        (['--table', '5', 'study-rate', '--small'], '--small: the tables of our study have no small versions'),
         (['--table', '5', '--cfg-options', 'a.b'], '--cfg-options must be KEY=VALUE, got a.b'),
     ],
 )

@@ -21,8 +21,7 @@ from .compilation import opaque_to_compiler
 from .conversion import active_norms, convert_in_place, select
 from .diagnosis import Diagnosis, DiagnosisRecorder
 from .normalization import WindowNorm
-from .running import Running, batch_norm, update_running
-from .statistics import batch_statistics, window_statistics
+from .statistics import Running, batch_norm, batch_statistics, update_running, window_statistics
 from .step import WindowStep, once_per_step
 
 Model = TypeVar('Model', bound=nn.Module)
@@ -151,13 +150,11 @@ class CBN(nn.BatchNorm2d):
     @outside_graphs_in_training
     def forward(self, input: Tensor) -> Tensor:
         """Normalize ``input``, the output of a convolution, [N, C, H, W] (Algorithm 1)."""
-        if not self.training or self.window_size == 1:
-            return self._batch_norm(input)
-        self._check_training_input(input)
-        conv = self._find_conv(input) if self.compensation.needs_conv else None
-        if input.numel() == 0:
+        has_window = self.training and self.window_size != 1
+        conv = self._find_conv(input) if has_window else None
+        if has_window and input.numel() == 0:
             return self._empty_forward(input, conv)
-        if self.burn_in or (conv is None and self.compensation.needs_conv):
+        if not has_window or self.burn_in or (conv is None and self.compensation.needs_conv):
             return self._batch_norm(input)
         mean, var, fraction, call = self.window_step(input, conv, self._running())
         conv_bias = conv[0].bias if conv is not None else None
@@ -180,13 +177,15 @@ class CBN(nn.BatchNorm2d):
         return step
 
     def _running(self) -> Running:
+        if not self.track_running_stats:
+            return Running(None, None, None)
         return Running(self.running_mean, self.running_var, self.num_batches_tracked)
 
     def _batch_norm(self, input: Tensor) -> Tensor:
         """BatchNorm (k = 1); but in training inf and NaN stay out of the running statistics, as with a window."""
         if self.training:
             self.window_length = 1
-        if not self.training or input.numel() == 0 or not self.track_running_stats:
+        if not self.training or input.numel() == 0:
             return super().forward(input)
         self._check_input_dim(input)
         output, finite = batch_norm(input, self._running(), self.weight, self.bias, self.momentum, self.eps)
@@ -202,7 +201,13 @@ class CBN(nn.BatchNorm2d):
         return output
 
     def _find_conv(self, input: Tensor) -> tuple[nn.Conv2d, Tensor] | None:
-        """The convolution that made ``input``, and its own input. None if the known convolution was replaced."""
+        """The convolution that made ``input``, and its own input.
+
+        None if the compensation needs no convolution, or if the known one was replaced.
+        """
+        self._check_training_input(input)
+        if not self.compensation.needs_conv:
+            return None
         try:
             found = self._finder.find(input)
         except LookupError:

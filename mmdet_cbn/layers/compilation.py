@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..old_torch import custom_op, is_compiling
-from .running import Running
-from .statistics import statistics_dtype
+from .statistics import Running, statistics_dtype
 
 # An operator takes tensors and numbers, so modules have numbers. A copy of a module has another number.
 _numbers: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..old_torch import is_autocast_enabled
 from ..pairing import ConvCall
 from ..window.calls import Call, is_recomputing
-from .running import Running
+from .statistics import Running
 
 
 class WindowStep(NamedTuple):

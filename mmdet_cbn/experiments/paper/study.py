@@ -75,7 +75,7 @@ def _series(method: str, images: int, argument: str, values: Sequence[float]) ->
 IMAGES = _table(
     'images',
     'Normalizers by images per step',
-    'images',
+    'images per step',
     *(_row('BN', images, images) for images in (1, 2, 4, 8, 16)),
     *(_row(method, images, images) for method in list(_METHODS)[1:-1] for images in (1, 2, 4)),
     _row('CBN, order 2', 1, 1),
@@ -108,7 +108,7 @@ RATE = _table(
 RUNNING = _table(
     'running',
     'Running statistics of the window (the default) or of the batch',
-    'images',
+    'images per step',
     *(_row('CBN', images, images) for images in (1, 2, 4)),
     *(_row('CBN', images, images, running_stats='batch') for images in (1, 2, 4)),
     _row('CBN', 1, 1, momentum=0.01),
