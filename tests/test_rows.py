@@ -1,4 +1,4 @@
-"""Rows of the paper's tables as tools/reproduce.py trains them, at full size, for a few epochs of 2 images; and every
+"""Rows of the paper's tables as tools/reproduce.py trains them, at full size, for a few epochs of one image; and every
 other config of configs/cbn, on a small image. `make test-all` runs these, `make test` does not.
 """
 
@@ -55,14 +55,14 @@ COCO_IDS = sorted({*range(1, 91)} - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83})
 
 @pytest.fixture(scope='module')
 def coco_root(tmp_path_factory) -> Path:
-    """A COCO of two images to train on and one to validate on: of $COCO_ROOT, drawn ones where that is not set."""
+    """A COCO of one image to train on and one to validate on: of $COCO_ROOT, drawn ones where that is not set."""
     root = tmp_path_factory.mktemp('coco')
     given = os.environ.get('COCO_ROOT')
     if given:
         source = Path(given)
     else:
         source = tmp_path_factory.mktemp('drawn')
-        write_shapes(source, {'train': 3}, size=(640, 480), seed=3)
+        write_shapes(source, {'train': 2}, size=(640, 480), seed=3)
     # A part of COCO may have one of its files alone.
     file = min(source.glob('annotations/instances_*2017.json'), key=lambda file: file.stat().st_size)
     dataset = json.loads(file.read_text())
@@ -71,8 +71,8 @@ def coco_root(tmp_path_factory) -> Path:
         dataset['categories'] = [dict(id=index, name=name) for index, name in names]
     (root / 'annotations').mkdir()
     full = {annotation['image_id'] for annotation in dataset['annotations'] if not annotation['iscrowd']}
-    images = [image for image in dataset['images'] if image['id'] in full][:3]
-    for split, part in (('train', images[:2]), ('val', images[2:])):
+    images = [image for image in dataset['images'] if image['id'] in full][:2]
+    for split, part in (('train', images[:1]), ('val', images[1:])):
         ids = {image['id'] for image in part}
         annotations = [annotation for annotation in dataset['annotations'] if annotation['image_id'] in ids]
         text = json.dumps({**dataset, 'images': part, 'annotations': annotations})
