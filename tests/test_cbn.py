@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from mmdet_cbn import CBN, pairing
 from mmdet_cbn.compensation.first_order import compensate
 from mmdet_cbn.experiments.oracle import OracleCBN, batches, loss_of
+from mmdet_cbn.layers.gradient import GRADIENTS
 
 pytestmark = pytest.mark.usefixtures('device')
 
@@ -49,12 +50,16 @@ def conv_and_norm(seed=0, dtype=torch.float64, conv=CONVOLUTIONS['3x3 padded'], 
     return nn.Sequential(nn.Conv2d(4, 4, **{'bias': False, **conv}), norm).to(dtype)
 
 
-@pytest.mark.parametrize('order', [0, 1, 2])
+ORDERS_AND_GRADIENTS = [(0, 'batch'), (0, 'projection'), *((order, kind) for order in (1, 2) for kind in GRADIENTS)]
+
+
+@pytest.mark.parametrize(('order', 'gradient'), ORDERS_AND_GRADIENTS)
 @pytest.mark.parametrize('name', CONVOLUTIONS)
-def test_output_and_gradients_are_the_oracles_over_sgd_steps(name, order):
-    model = conv_and_norm(conv=CONVOLUTIONS[name], window_size=3, order=order)
+def test_output_and_gradients_are_the_oracles_over_sgd_steps(name, order, gradient):
+    model = conv_and_norm(conv=CONVOLUTIONS[name], window_size=3, order=order, gradient=gradient)
     conv, norm = model
-    oracle = OracleCBN(3, order, stride=conv.stride, padding=conv.padding, dilation=conv.dilation, groups=conv.groups)
+    how = dict(stride=conv.stride, padding=conv.padding, dilation=conv.dilation, groups=conv.groups)
+    oracle = OracleCBN(3, order, gradient=gradient, **how)
     if order == 0:
         conv.bias = None  # without compensation the layer does not know the bias
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, weight_decay=1e-3)
@@ -70,8 +75,8 @@ def test_output_and_gradients_are_the_oracles_over_sgd_steps(name, order):
 
         assert norm.window_length == min(step + 1, 3)
         torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-9)
-        for actual, gradient in zip((x, conv.weight, norm.weight, norm.bias), gradients, strict=True):
-            torch.testing.assert_close(actual.grad, gradient, rtol=1e-8, atol=1e-9)
+        for actual, right in zip((x, conv.weight, norm.weight, norm.bias), gradients, strict=True):
+            torch.testing.assert_close(actual.grad, right, rtol=1e-8, atol=1e-9)
         if conv.bias is not None:
             torch.testing.assert_close(conv.bias.grad, torch.zeros_like(conv.bias), rtol=0, atol=1e-10)
         optimizer.step()

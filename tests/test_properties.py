@@ -20,6 +20,7 @@ from torch import nn
 
 from mmdet_cbn import BRN, CBN, CBNBurnInHook, SwitchNormHook
 from mmdet_cbn.experiments.oracle import OracleCBN
+from mmdet_cbn.layers.gradient import GRADIENTS
 from mmdet_cbn.window import file as window_file
 
 pytestmark = pytest.mark.slow
@@ -88,10 +89,14 @@ def trainings(draw):
     conv = draw(convolutions())
     dtype = draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
     order = draw(st.integers(0, 2))
+    samples = draw(st.sampled_from([None, None, 2, 7, ALL])) if order == 1 else None
+    # The oracle has the gradients of the statistics themselves, not of those of a few samples.
+    gradients = GRADIENTS if order and samples in (None, ALL) else ['batch', 'projection']
     norm = dict(
         window_size=draw(st.integers(1, 5)),
         order=order,
-        samples=draw(st.sampled_from([None, None, 2, 7, ALL])) if order == 1 else None,
+        samples=samples,
+        gradient=draw(st.sampled_from(gradients)),
         eps=draw(st.sampled_from([1e-5, 1e-12, 0.1, 1e4])),
         momentum=draw(st.sampled_from([0.1, None, 0, 0.9, 1])),
         affine=draw(st.booleans()),
@@ -121,7 +126,7 @@ class Float64:
             if self.order
             else dict(groups=conv.out_channels)
         )
-        self.oracle = OracleCBN(norm.window_size, self.order, norm.eps, **arguments)
+        self.oracle = OracleCBN(norm.window_size, self.order, norm.eps, norm.gradient, **arguments)
 
     def __call__(self, x, padding, dy):
         """The output; the gradients of input, weight, bias, gamma and beta; and how large the terms of a sum are in

@@ -33,7 +33,7 @@ def parse_args() -> tuple[argparse.Namespace, list[Table]]:
     parser.add_argument('--gpus', type=int, default=4, help='default: %(default)s; with 1, the CPU if there is no GPU')
     parser.add_argument('--trials', type=int, default=5, help='seeds 0, 1, ... (default: %(default)s)')
     parser.add_argument('--work-dir', type=Path, help='default: work_dirs/paper, work_dirs/small or work_dirs/study')
-    parser.add_argument('--small', action='store_true', help='small versions of the rows, on drawn shapes (tools/make_shapes.py)')
+    parser.add_argument('--small', action='store_true', help='small versions, on drawn shapes (tools/make_shapes.py)')
     parser.add_argument('--dry-run', action='store_true', help='print the commands only')
     parser.add_argument('--cfg-options', nargs='+', default=[], metavar='KEY=VALUE', help="as for mmdet's tools")
     args = parser.parse_args()

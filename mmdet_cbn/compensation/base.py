@@ -57,6 +57,28 @@ class Compensation(ABC):
             [n, C] each. None if ``old`` belongs to a convolution of another shape.
         """
 
+    def weight_gradient(
+        self,
+        old: Any,
+        past: tuple[Tensor, Tensor],
+        conv: ConvCall,
+        mean_gradient: Tensor,
+        var_gradient: Tensor | None,
+    ) -> Tensor:
+        """The gradient in theta_t of a function of mu' and var' (the chain rule through Eq. 7, 8 and 10).
+
+        Args:
+            old: As for :meth:`under_current_weights`.
+            past: What that method returned, [n, C] each.
+            conv: As for that method.
+            mean_gradient: The function's gradient in mu', [n, C].
+            var_gradient: The function's gradient in var', [n, C]; None for 0.
+
+        Returns:
+            [C_out, C_in / groups, kh, kw], in the precision of the statistics.
+        """
+        raise NotImplementedError(f'the statistics of {type(self).__name__} do not depend on the current weights')
+
     @abstractmethod
     def could_keep(self, old: Any, num_features: int) -> bool:
         """Whether ``old``, read from a file, has the shapes of a layer of ``num_features`` channels."""

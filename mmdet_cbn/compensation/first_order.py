@@ -20,7 +20,7 @@ from torch.nn.grad import conv2d_weight
 
 from ..pairing import ConvCall
 from .base import Compensation, are_of_channels
-from .patches import dot_mean_grad, mean_patch
+from .patches import dot_mean_grad, mean_patch, weighted_patches
 
 
 class CompensatedStatistics(NamedTuple):
@@ -51,6 +51,22 @@ class FirstOrder(Compensation):
         assert conv is not None
         fits = old.var_grad.shape[1:] == conv.weight.shape
         return compensate(old, conv.weight, conv.groups) if fits else None
+
+    def weight_gradient(
+        self,
+        old: CompensatedStatistics,
+        past: tuple[Tensor, Tensor],
+        conv: ConvCall,
+        mean_gradient: Tensor,
+        var_gradient: Tensor | None,
+    ) -> Tensor:
+        if var_gradient is None:
+            return weighted_patches(mean_gradient, old.mean_grad, conv)
+        # var' = var + c - a^2 where the maximum of Eq. 10 is not 0
+        var_gradient = var_gradient.where(past[1] > 0, 0)
+        mean_gradient = mean_gradient - 2 * (past[0] - old.mean) * var_gradient
+        by_var = torch.bmm(var_gradient.T.unsqueeze(1), old.var_grad.flatten(2).transpose(0, 1))
+        return by_var.view(conv.weight.shape) + weighted_patches(mean_gradient, old.mean_grad, conv)
 
     def could_keep(self, old: Any, num_features: int) -> bool:
         return (

@@ -40,6 +40,19 @@ def dot_mean_grad(mean_grad: Tensor, theta: Tensor, groups: int) -> Tensor:
     return torch.linalg.vecdot(mean_grad.reshape(len(mean_grad), groups, 1, -1), by_group).flatten(1)
 
 
+def weighted_patches(factors: Tensor, patches: Tensor, conv: ConvCall) -> Tensor:
+    """The sum over n iterations of a mean patch, times a factor for each output channel, like the weight.
+
+    Args:
+        factors: [n, C_out].
+        patches: E[p] of each, [n, C_in, kh, kw].
+        conv: The call, for the shape of the weight and the groups.
+    """
+    by_group = factors.unflatten(1, (conv.groups, -1)).permute(1, 2, 0)
+    sums = torch.bmm(by_group, patches.flatten(1).unflatten(1, (conv.groups, -1)).transpose(0, 1))
+    return sums.reshape(conv.weight.shape)
+
+
 def all_patches(inputs: Tensor, x: Tensor, conv: ConvCall) -> Tensor:
     """The patches at all positions, [groups, D, n * H * W], D = C_in / groups kh kw.
 

@@ -69,6 +69,25 @@ class Sampled(Compensation):
         fits = old.patches.size(-1) * conv.weight.size(0) == conv.weight.numel() * conv.groups
         return compensate_samples(old, conv.weight, conv.groups) if fits else None
 
+    def weight_gradient(
+        self,
+        old: SampledStatistics,
+        past: tuple[Tensor, Tensor],
+        conv: ConvCall,
+        mean_gradient: Tensor,
+        var_gradient: Tensor | None,
+    ) -> Tensor:
+        weight, groups = conv.weight, conv.groups
+        patches = old.patches.flatten(0, 1)
+        factors = mean_gradient.unsqueeze(1)
+        if var_gradient is not None:
+            x = _outputs(patches, weight.to(old.mean.dtype), groups).unflatten(0, old.patches.shape[:2])
+            distance = x - torch.bmm(old.share.unsqueeze(1), x)
+            # With the mean m over the sample: d sum share (x - m)^2 / dtheta = 2 sum share (x - m) p
+            factors = torch.addcmul(factors, 2 * var_gradient.where(past[1] > 0, 0).unsqueeze(1), distance)
+        by_group = (old.share.unsqueeze(2) * factors).flatten(0, 1).unflatten(1, (groups, -1)).permute(1, 2, 0)
+        return torch.bmm(by_group, patches.unflatten(1, (groups, -1)).transpose(0, 1)).reshape(weight.shape)
+
     def could_keep(self, old: Any, num_features: int) -> bool:
         return (
             are_of_channels(num_features, old.mean, old.var, old.sample_mean, old.sample_var)

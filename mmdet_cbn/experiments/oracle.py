@@ -29,10 +29,16 @@ class OracleCBN:
 
     Order 2 is the left side of Eq. 5 and 6: what the old batch's mu and nu are under theta_t. The series ends there, as
     mu is linear in the weights of the layer, and nu quadratic.
+
+    ``gradient`` is that of CBN. Autograd makes all of them, because each is a function of the same value in which some
+    terms are constant.
     """
 
-    def __init__(self, window_size: int, order: int = 1, eps: float = 1e-5, **conv_args: Any) -> None:
-        self.window_size, self.order, self.eps, self.conv_args = window_size, order, eps, conv_args
+    def __init__(
+        self, window_size: int, order: int = 1, eps: float = 1e-5, gradient: str = 'batch', **conv_args: Any
+    ) -> None:
+        self.window_size, self.order, self.eps, self.gradient = window_size, order, eps, gradient
+        self.conv_args = conv_args
         self.past: list[Past] = []
 
     def __call__(self, y: Tensor, theta: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
@@ -40,17 +46,20 @@ class OracleCBN:
             x = F.conv2d(y.detach(), weight, **self.conv_args)
             return x.mean(dim=(0, 2, 3)), x.square().mean(dim=(0, 2, 3))
 
-        x = F.conv2d(y, theta, **self.conv_args)
+        # With 'window', y has a gradient of its own below.
+        x = F.conv2d(y.detach() if self.gradient == 'window' else y, theta, **self.conv_args)
         mu_t, nu_t = x.mean(dim=(0, 2, 3)), x.square().mean(dim=(0, 2, 3))  # Algorithm 1, line 1
         mus, nus = [mu_t], [nu_t]
-        for past in self.past:  # Eq. 7 and 8; theta_t is constant inside a Taylor term
+        # theta_t is constant inside a Taylor term, or not: the text of section 3.3 allows both.
+        moving = theta if self.gradient in ('weights', 'window') else theta.detach()
+        for past in self.past:  # Eq. 7 and 8
             mu, nu = past.mu, past.nu
             if self.order == 1:
-                delta = (theta.detach() - past.theta).flatten()
+                delta = (moving - past.theta).flatten()
                 mu = mu + past.dmu.flatten(1) @ delta
                 nu = nu + past.dnu.flatten(1) @ delta
             elif self.order == 2:
-                mu, nu = statistics(theta.detach(), past.y)
+                mu, nu = statistics(moving, past.y)
             mus.append(mu)
             nus.append(torch.maximum(nu, mu**2))
         mu_bar = torch.stack(mus).mean(dim=0)  # Eq. 9
@@ -59,13 +68,38 @@ class OracleCBN:
         var_bar = nu_bar - mu_bar**2
         self.mean, self.var = mu_bar.detach(), var_bar.detach()
         self.deviation = (self.var + self.eps).sqrt()
-        x_hat = (x - mu_bar[:, None, None]) / (var_bar[:, None, None] + self.eps).sqrt()  # Eq. 12
+
+        if self.gradient == 'projection':  # as Batch Renormalization with constant r and d
+            var_t = nu_t - mu_t**2
+            x_hat = self._normalize(x, mu_t, var_t)
+            r = (var_t + self.eps).sqrt().detach() / self.deviation
+            d = (mu_t.detach() - self.mean) / self.deviation
+            output = self._scale(x_hat * r[:, None, None] + d[:, None, None], gamma, beta)
+        elif self.gradient == 'window':  # theta sees the window, and y sees the batch in place of the window
+            for_theta = self._scale(
+                self._normalize(F.conv2d(y.detach(), theta, **self.conv_args), mu_bar, var_bar), gamma, beta
+            )
+            x = F.conv2d(y, theta.detach(), **self.conv_args)
+            mu, nu = x.mean(dim=(0, 2, 3)), x.square().mean(dim=(0, 2, 3))
+            mu = self.mean + (mu - mu.detach())
+            nu = nu_bar.detach() + (nu - nu.detach())
+            for_y = self._scale(self._normalize(x, mu, nu - mu**2), gamma.detach(), beta.detach())
+            output = for_theta + (for_y - for_y.detach())
+        else:
+            output = self._scale(self._normalize(x, mu_bar, var_bar), gamma, beta)
 
         weights = theta.detach()
         dmu, dnu = torch.autograd.functional.jacobian(statistics, weights)
         self.past = [Past(y.detach(), weights.clone(), mu_t.detach(), nu_t.detach(), dmu, dnu), *self.past][
             : self.window_size - 1
         ]
+        return output
+
+    def _normalize(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        return (x - mean[:, None, None]) / (var[:, None, None] + self.eps).sqrt()  # Eq. 12
+
+    @staticmethod
+    def _scale(x_hat: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
         return gamma[:, None, None] * x_hat + beta[:, None, None]  # Eq. 4
 
 
@@ -112,7 +146,8 @@ def deviation(
     model = nn.Sequential(conv, norm).to(device).to(memory_format=memory_format).train()  # type: ignore[call-overload]
     # All samples of the layer are the exact polynomial of second order.
     order = 2 if getattr(norm, 'samples', None) else getattr(norm, 'order', 0)
-    oracle = OracleCBN(getattr(norm, 'window_size', 1), order, norm.eps, padding=1)
+    gradient = getattr(norm, 'gradient', 'batch')
+    oracle = OracleCBN(getattr(norm, 'window_size', 1), order, norm.eps, gradient, padding=1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
     worst = 0.0
     for batch in batches(5, shape=(2, channels, 12, 10), dtype=torch.float32):

@@ -20,6 +20,7 @@ from ..window.calls import CallWindows
 from .compilation import opaque_to_compiler
 from .conversion import active_norms, convert_in_place, select
 from .diagnosis import Diagnosis, DiagnosisRecorder
+from .gradient import GRADIENTS, Gradient, statistics_gradient
 from .normalization import WindowNorm
 from .statistics import Running, batch_norm, batch_statistics, update_running, window_statistics
 from .step import WindowStep, once_per_step
@@ -80,6 +81,11 @@ class CBN(nn.BatchNorm2d):
         running_stats: Which statistics the running averages record. ``'window'``: those that the layer normalized
             with, so that evaluation scales as training did. ``'batch'``: those of the current batch, as in BatchNorm
             and in the authors' code.
+        gradient: How the backward pass treats the dependence of the window on the current iteration. ``'batch'``, as in
+            the authors' code: only the current batch's share of the window depends on the input. ``'weights'``: also
+            the compensated earlier statistics depend on the weight of the convolution (Eq. 7 and 8). ``'window'``: for
+            the layers before, the current batch stands for the whole window, too. ``'projection'``: the input receives
+            BatchNorm's gradient for the current batch.
         conv: The convolution that feeds the layer, for models that you build yourself. It does not become a part of
             the layer. None to find it in training.
         device: Of parameters and buffers, as in torch.
@@ -116,6 +122,7 @@ class CBN(nn.BatchNorm2d):
         order: int = 1,
         samples: int | None = None,
         running_stats: Literal['batch', 'window'] = 'window',
+        gradient: Gradient = 'batch',
         conv: nn.Conv2d | None = None,
         device: Any = None,
         dtype: Any = None,
@@ -129,12 +136,19 @@ class CBN(nn.BatchNorm2d):
             if order != 1:
                 raise ValueError(f'CBN: samples must be None with order={order}, got {samples}; they go with order=1')
         check_choice('CBN', 'running_stats', running_stats, ('batch', 'window'))
+        check_choice('CBN', 'gradient', gradient, GRADIENTS)
+        if order == 0 and gradient in ('weights', 'window'):
+            raise ValueError(
+                f"CBN: gradient must be 'batch' or 'projection' with order=0, got {gradient!r}: without compensation "
+                'the window does not depend on the current weights'
+            )
         if conv is not None:
             _check_conv(conv, num_features)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         self.order = order
         self.samples = samples
         self.running_stats = running_stats
+        self.gradient = gradient
         self.compensation = make_compensation(order, samples)
         self.burn_in = False
         self.window_length = 0
@@ -156,9 +170,10 @@ class CBN(nn.BatchNorm2d):
             return self._empty_forward(input, conv)
         if not has_window or self.burn_in or (conv is None and self.compensation.needs_conv):
             return self._batch_norm(input)
-        mean, var, fraction, call = self.window_step(input, conv, self._running())
-        conv_bias = conv[0].bias if conv is not None else None
-        return WindowNorm.apply(input, self.weight, self.bias, conv_bias, mean, var, fraction, self.eps, call)  # Eq. 12
+        mean, var, gradient, call = self.window_step(input, conv, self._running())
+        conv_bias, conv_weight = (None, None) if conv is None else (conv[0].bias, conv[0].weight)
+        parameters = (self.weight, self.bias, conv_bias, conv_weight)
+        return WindowNorm.apply(input, *parameters, mean, var, self.eps, call, *gradient)  # Eq. 12
 
     @opaque_to_compiler
     @once_per_step
@@ -168,11 +183,13 @@ class CBN(nn.BatchNorm2d):
         old = self.windows.current.stacked()
         past = None if old is None else self.compensation.under_current_weights(old, conv)  # Eq. 7, 8 and 10
         own_mean = mean if conv is None else conv.without_bias(mean)
-        window_mean, window_var, fraction = window_statistics(own_mean, var, past)  # Eq. 9 to 11
-        biased_mean = window_mean if conv is None else conv.with_bias(window_mean)
-        step = WindowStep(x, conv, mean, var, old, past, window_mean, biased_mean, window_var, fraction)
+        window = window_statistics(own_mean, var, past)  # Eq. 9 to 11
+        kept = self.compensation.keep(x, mean, var, conv)
+        gradient = statistics_gradient(self.gradient, self.compensation, conv, mean, kept, old, past, window)
+        biased_mean = window[0] if conv is None else conv.with_bias(window[0])
+        step = WindowStep(x, conv, mean, var, old, past, window[0], biased_mean, *window[1:], gradient)
         self._observe(step)
-        self.windows.current.push(self.compensation.keep(x, mean, var, conv))
+        self.windows.current.push(kept)
         self._update_running(step, running)
         return step
 
@@ -383,7 +400,8 @@ class CBN(nn.BatchNorm2d):
         Args:
             module: A model with ``nn.BatchNorm2d`` or ``nn.SyncBatchNorm`` layers, or one of these layers itself.
             prefixes: Names of the parts to convert, as in ``named_modules``; None for all.
-            **arguments: ``window_size``, ``order``, ``samples`` and ``running_stats`` of the new layers. The old layers
+            **arguments: ``window_size``, ``order``, ``samples``, ``running_stats`` and ``gradient`` of the new
+                layers. The old layers
                 give the other arguments.
 
         Returns:
@@ -410,7 +428,7 @@ class CBN(nn.BatchNorm2d):
     def extra_repr(self) -> str:
         return (
             f'{super().extra_repr()}, window_size={self.window_size!r}, order={self.order}, samples={self.samples}, '
-            f'running_stats={self.running_stats!r}'
+            f'running_stats={self.running_stats!r}, gradient={self.gradient!r}'
         )
 
     def __getstate__(self) -> dict[str, Any]:

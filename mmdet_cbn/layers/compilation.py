@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..old_torch import custom_op, is_compiling
+from .gradient import StatisticsGradient, has_slopes
 from .statistics import Running, statistics_dtype
 
 # An operator takes tensors and numbers, so modules have numbers. A copy of a module has another number.
@@ -38,7 +39,7 @@ def opaque_to_compiler(method: Callable) -> Callable:
     """Make a step of CBN one operator in a compiled graph. Otherwise it is called as it is.
 
     Args:
-        method: ``(layer, x, found_conv, running)`` to ``(mean, var, fraction, call)``.
+        method: ``(layer, x, found_conv, running)`` to ``(mean, var, gradient, call)``.
     """
 
     @wraps(method)
@@ -50,8 +51,15 @@ def opaque_to_compiler(method: Callable) -> Callable:
             tensor is not None and tensor.requires_grad for tensor in (x, layer.weight, layer.bias)
         )
         number = number_of(layer)
+        weight: Any = None if found_conv is None else found_conv[0].weight
+        slope_shape = list(weight.shape) if weight is not None and has_slopes(layer.gradient, weight) else []
         with torch.no_grad():
-            return *_step_operator(x, conv_input, *running, number, conv, is_learning), number
+            mean, var, *gradient = _step_operator(
+                x, conv_input, *running, number, conv, is_learning, layer.gradient, slope_shape
+            )
+        # An operator returns no None.
+        members = [None if tensor.numel() == 0 else tensor for tensor in gradient]
+        return mean, var, StatisticsGradient(*members), number
 
     return step
 
@@ -71,7 +79,9 @@ def _step_operator(
     layer: int,
     conv: int,
     is_learning: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    gradient: str,
+    slope_shape: list[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """A step of CBN in a graph.
 
     Args:
@@ -83,29 +93,41 @@ def _step_operator(
         layer: Number of the layer.
         conv: Number of the convolution, if there is a ``conv_input``.
         is_learning: Whether a backward pass may follow.
+        gradient: Of the layer. Only the compiler looks at it, and at the next one.
+        slope_shape: Of the weight; empty if it receives no gradient from the layer.
+
+    Returns:
+        Mean, variance, and the members of :class:`StatisticsGradient`, which are empty for None.
     """
     norm: Any = _modules[layer]
     found_conv = None if conv_input is None else (_modules[conv], conv_input)
-    mean, var, fraction, call = norm.window_step(x, found_conv, Running(running_mean, running_var, num_batches_tracked))
+    mean, var, made, call = norm.window_step(x, found_conv, Running(running_mean, running_var, num_batches_tracked))
     norm.windows.iteration.compiled_call = call if is_learning else None
-    return mean, var, fraction
+    members = [var.new_empty(0) if tensor is None else tensor for tensor in made]
+    members[3:] = [tensor.clone() for tensor in members[3:]]  # while the window is empty, these are mean and var
+    return mean, var, *members
 
 
 @_step_operator.register_fake
-def _(x: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
-    mean, var, fraction = (x.new_empty(x.size(1), dtype=statistics_dtype(x)) for _ in range(3))
-    return mean, var, fraction
+def _(x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    gradient, slope_shape = others[-2:]
+    of_channels, none = [x.size(1)], [0]
+    fraction = of_channels if gradient in ('batch', 'weights') else none
+    slope = slope_shape or none
+    batch = of_channels if gradient == 'projection' else none
+    shapes = [of_channels, of_channels, fraction, slope, slope, batch, batch]
+    return tuple(x.new_empty(shape, dtype=statistics_dtype(x)) for shape in shapes)  # type: ignore[return-value]
 
 
 @custom_op('mmdet_cbn::note_backward', mutates_args=(), tags=_TAGS)
-def note_backward(fraction: Tensor, dy: Tensor, layer: int) -> Tensor:
-    """Tell a layer that the backward pass, with ``dy``, has reached it. Returns a copy of ``fraction``."""
+def note_backward(var: Tensor, dy: Tensor, layer: int) -> Tensor:
+    """Tell a layer that the backward pass, with ``dy``, has reached it. Returns a copy of ``var``."""
     norm: Any = _modules[layer]
     if norm.windows.iteration.compiled_call is not None:
         norm.windows.iteration.compiled_call.note_backward()
-    return fraction.clone()
+    return var.clone()
 
 
 @note_backward.register_fake
-def _(fraction: Tensor, dy: Tensor, layer: int) -> Tensor:
-    return torch.empty_like(fraction)
+def _(var: Tensor, dy: Tensor, layer: int) -> Tensor:
+    return torch.empty_like(var)

@@ -15,17 +15,27 @@ _backward = torch.ops.aten.native_batch_norm_backward
 
 
 class WindowNorm(torch.autograd.Function):
-    """y = gamma (x - M) / sqrt(V + eps) + beta, where only a part of M and V depends on the current batch.
+    """y = gamma (x - M) / sqrt(V + eps) + beta, where M and V depend on the current iteration in part.
 
-    The current iteration is a fraction f of M and V, and this fraction is a function of x. The rest is constant to
-    autograd: "those of the previous iterations are fixed and do not receive gradients" (section 3.3). With
-    r = 1 / sqrt(V + eps) and xhat = (x - M) r this gives::
+    With r = 1 / sqrt(V + eps), xhat = (x - M) r, and sums over the batch, the gradients of the loss in M and V are::
 
-        dx = gamma r (dy - f (mean(dy) + xhat mean(dy xhat)))
+        gM = - gamma r sum(dy)
+        gV = - gamma r^2 sum(dy xhat) / 2
 
-    This is the sum of two of BatchNorm's backward passes: the one of training with gamma f, and the one of evaluation
-    with gamma (1 - f). The bias b of the convolution is a part of x and of all of M, so it cancels. Therefore the
-    gradient that dx sends to b is taken back here.
+    :class:`StatisticsGradient` says how M and V depend on x and theta. For a fraction f this gives::
+
+        dx     = gamma r (dy - f (mean(dy) + xhat mean(dy xhat)))
+        dtheta = gM dM/dtheta + gV dV/dtheta
+
+    dx is the sum of two of BatchNorm's backward passes: the one of training with gamma f, and the one of evaluation
+    with gamma (1 - f). With the projection of the batch, of mean mu and deviation sigma, it is BatchNorm's backward
+    pass of training with gamma r sigma::
+
+        xb = (x - mu) / sigma
+        dx = gamma r (dy - mean(dy) - xb mean(dy xb))
+
+    The bias b of the convolution is a part of x and of all of M, so it cancels. Therefore the gradient that dx sends to
+    b is taken back here.
 
     Double backward is not supported.
     """
@@ -37,11 +47,12 @@ class WindowNorm(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         conv_bias: Tensor | None,
+        conv_weight: Tensor | None,
         mean: Tensor,
         var: Tensor,
-        fraction: Tensor,
         eps: float,
         call: Call | int,
+        *gradient: Tensor | None,
     ) -> Tensor:
         """Normalize.
 
@@ -52,14 +63,15 @@ class WindowNorm(torch.autograd.Function):
             bias: beta, [C], or None for 0.
             conv_bias: Bias of the convolution, [C], or None. It is already in ``x`` and ``mean``: only its gradient is
                 made here.
-            mean: M, [C]. It has the precision of the statistics, as ``var`` and ``fraction`` have.
+            conv_weight: theta, or None. Only a part of its gradient is made here.
+            mean: M, [C], in the precision of the statistics.
             var: V, [C].
-            fraction: f, [C].
             eps: Added to V.
             call: Learns of the backward pass. Under ``torch.compile`` it is the number of the layer.
+            *gradient: The members of :class:`StatisticsGradient`.
         """
         gamma, beta = (None if p is None else p.to(mean.dtype) for p in (weight, bias))
-        ctx.save_for_backward(x, gamma, mean, var, fraction)
+        ctx.save_for_backward(x, gamma, mean, var, *gradient)
         ctx.eps, ctx.call = eps, call
         return F.batch_norm(x, mean, var, gamma, beta, training=False, eps=eps)
 
@@ -67,25 +79,47 @@ class WindowNorm(torch.autograd.Function):
     @outside_graphs
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, gamma, mean, var, fraction = ctx.saved_tensors
+        x, gamma, mean, var, *members = ctx.saved_tensors
+        fraction, mean_slope, var_slope, batch_mean, batch_var = members
         if isinstance(ctx.call, int):
-            fraction = compilation.note_backward(fraction, dy, ctx.call)
+            var = compilation.note_backward(var, dy, ctx.call)
         else:
             ctx.call.note_backward()
-        need_x, need_weight, need_bias, need_conv_bias = ctx.needs_input_grad[:4]
+        need_x, need_weight, need_bias, need_conv_bias, need_conv_weight = ctx.needs_input_grad[:5]
         dtype = x.dtype
         if IS_BEFORE_2_6 and x.is_cpu:  # torch 2.1 has no kernel for a bfloat16 x with a float32 gamma on the CPU
             x, dy = x.to(mean.dtype), dy.to(mean.dtype)
-        if gamma is None:
-            gamma = torch.ones_like(fraction)
         invstd = (var + ctx.eps).rsqrt()
-        own = gamma * fraction
-        # Autograd casts the gradients of gamma, beta and b to their own precision.
-        dx, dweight, dbias = _backward(dy, x, own, None, None, mean, invstd, True, ctx.eps, [need_x, True, True])
+        gamma = torch.ones_like(var) if gamma is None else gamma
+        if batch_var is None:
+            own = gamma if fraction is None else gamma * fraction
+            center, scale = mean, invstd
+        else:
+            center, scale = batch_mean, (batch_var + ctx.eps).rsqrt()
+            own = gamma * (invstd / scale)
+        # Autograd casts the gradients of gamma, beta, b and theta to their own precision.
+        dx, dweight, dbias = _backward(dy, x, own, None, None, center, scale, True, ctx.eps, [need_x, True, True])
+        if batch_var is not None:  # (x - M) r = (xb / sigma^-1 + mu - M) r
+            dweight = invstd * (dweight / scale + (batch_mean - mean) * dbias)
         if need_x:
-            dx.addcmul_(dy, ((gamma - own) * invstd).view(-1, 1, 1))
-        # x depends on b, so dx is there where the gradient of b is asked for.
-        dconv_bias = -dx.sum(dim=(0, 2, 3), dtype=mean.dtype) if need_conv_bias else None
-        if need_x:
+            if fraction is not None:
+                dx.addcmul_(dy, ((gamma - own) * invstd).view(-1, 1, 1))
+            # x depends on b, so dx is there where the gradient of b is asked for.
+            dconv_bias = -dx.sum(dim=(0, 2, 3), dtype=mean.dtype) if need_conv_bias else None
             dx = dx.to(dtype)
-        return dx, dweight if need_weight else None, dbias if need_bias else None, dconv_bias, *[None] * 5
+        else:
+            dconv_bias = None
+        dconv_weight = None
+        if need_conv_weight and mean_slope is not None:
+            mean_gradient = -gamma * invstd * dbias
+            var_gradient = -gamma * invstd.square() * dweight / 2
+            dconv_weight = mean_slope * mean_gradient.view(-1, 1, 1, 1)
+            dconv_weight.addcmul_(var_slope, var_gradient.view(-1, 1, 1, 1))
+        return (
+            dx,
+            dweight if need_weight else None,
+            dbias if need_bias else None,
+            dconv_bias,
+            dconv_weight,
+            *[None] * 9,
+        )

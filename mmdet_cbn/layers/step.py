@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..old_torch import is_autocast_enabled
 from ..pairing import ConvCall
 from ..window.calls import Call, is_recomputing
+from .gradient import StatisticsGradient
 from .statistics import Running
 
 
@@ -27,6 +28,7 @@ class WindowStep(NamedTuple):
     biased_window_mean: Tensor  #: with the current bias of the convolution, [C]
     window_var: Tensor  #: [C]
     fraction: Tensor  #: of the window that is the current iteration, [C]
+    gradient: StatisticsGradient  #: for the backward pass
 
 
 def once_per_step(method: Callable) -> Callable:
@@ -39,13 +41,13 @@ def once_per_step(method: Callable) -> Callable:
         method: ``(layer, x, conv, running)`` to a :class:`WindowStep`. It changes the window.
 
     Returns:
-        ``(layer, x, found_conv, running)`` to mean, bias included, variance, fraction and the call.
+        ``(layer, x, found_conv, running)`` to mean, bias included, variance, gradient and the call.
     """
 
     @wraps(method)
     def step(
         layer: Any, x: Tensor, found_conv: tuple[nn.Conv2d, Tensor] | None, running: Running
-    ) -> tuple[Tensor, Tensor, Tensor, Call]:
+    ) -> tuple[Tensor, Tensor, StatisticsGradient, Call]:
         module = None if found_conv is None else found_conv[0]
         windows = layer.windows
         if is_recomputing():
@@ -59,7 +61,7 @@ def once_per_step(method: Callable) -> Callable:
             made: WindowStep = method(layer, x, None if found_conv is None else ConvCall.of(*found_conv), running)
         if windows.has_dropped or (made.past is None and not was_empty):
             layer.warn_once('its window has statistics of another convolution, which are dropped')
-        result = made.biased_window_mean, made.window_var, made.fraction
+        result = made.biased_window_mean, made.window_var, made.gradient
         windows.iteration.note(x.shape, module, result)
         return *result, call
 

@@ -1,0 +1,98 @@
+"""How M and V, the statistics of the window, depend on the current iteration: what the backward pass of CBN follows.
+
+The loss of the current iteration depends on M and V (Eq. 9 to 11) in three ways:
+
+- through x, the current batch, which is a fraction f = 1 / k of them;
+- through theta, the weight of the convolution, because Eq. 7 and 8 move the earlier statistics along with it;
+- through the weights of all layers before, which have changed the earlier statistics, too. The window does not know
+  how.
+
+The paper fixes the activations of earlier iterations. "Gradients are backpropagated to the network weights and
+activations at the current iteration, i.e., theta_t and x_t" (section 3.3), and theta_t also stands in Eq. 7 and 8. So
+its text allows both of the first two. The authors' code follows the first alone.
+
+========== ============================== ===================================
+gradient   M and V as a function of x     M and V as a function of theta
+========== ============================== ===================================
+batch      the fraction f                 through x
+weights    the fraction f                 through x, and Eq. 7 and 8: exact
+projection none; but dx is projected as   through x
+           BatchNorm of the batch does it
+window     all of them: the batch stands  as with ``weights``
+           for the whole window
+========== ============================== ===================================
+"""
+
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from ..compensation import Compensation
+from ..pairing import ConvCall
+
+Gradient = Literal['batch', 'weights', 'projection', 'window']
+GRADIENTS: tuple[str, ...] = get_args(Gradient)
+
+
+class StatisticsGradient(NamedTuple):
+    """What the backward pass of one step needs besides M and V, in the precision of the statistics."""
+
+    fraction: Tensor | None  #: of M and V that counts as a function of x, [C]; None for all of them
+    mean_slope: Tensor | None  #: dM / dtheta beside what goes through x, like the weight; None for 0
+    var_slope: Tensor | None  #: dV / dtheta beside what goes through x, like the weight; None for 0
+    mean: Tensor | None  #: of the batch, [C], where its own projection is taken instead
+    var: Tensor | None  #: of the batch, [C], where its own projection is taken instead
+
+
+def has_slopes(gradient: str, weight: Tensor) -> bool:
+    """Whether the convolution's ``weight`` receives a gradient through the window."""
+    return gradient in ('weights', 'window') and weight.requires_grad
+
+
+def statistics_gradient(
+    gradient: str,
+    compensation: Compensation,
+    conv: ConvCall | None,
+    mean: Tensor,
+    kept: Any,
+    old: Any,
+    past: tuple[Tensor, Tensor] | None,
+    window: tuple[Tensor, Tensor, Tensor],
+) -> StatisticsGradient:
+    """What the backward pass needs.
+
+    Where a channel leaves out an iteration with inf or NaN, theta has a gradient through x alone.
+
+    Args:
+        gradient: One of :data:`GRADIENTS`.
+        compensation: Of the layer.
+        conv: The call that made x; None if the compensation does not need it.
+        mean: Of the batch, bias included, [C].
+        kept: What the window keeps of the batch.
+        old: What it kept of n earlier iterations, stacked; None if there are none.
+        past: mu' and var' of these, [n, C] each; None if there are none.
+        window: M, without the bias, V and f, [C] each.
+    """
+    window_mean, _, fraction = window
+    if gradient == 'projection':
+        return StatisticsGradient(None, None, None, mean, kept.var)
+    own_part = fraction if gradient != 'window' else None
+    if conv is None or not has_slopes(gradient, conv.weight):
+        return StatisticsGradient(own_part, None, None, None, None)
+    if past is None:
+        mean_slope, var_slope = (torch.zeros_like(conv.weight, dtype=fraction.dtype) for _ in range(2))
+        return StatisticsGradient(own_part, mean_slope, var_slope, None, None)
+    # Eq. 9 to 11: dM / dmu' = f and dV / dvar' = f, dV / dmu' = 2 f (mu' - M)
+    share = fraction.expand_as(past[0])
+    mean_slope = compensation.weight_gradient(old, past, conv, share, None)
+    var_slope = compensation.weight_gradient(old, past, conv, 2 * share * (past[0] - window_mean), share)
+    mean_slope, var_slope = (slope.nan_to_num_(0, 0, 0) for slope in (mean_slope, var_slope))
+    if gradient == 'window':
+        # With the batch in place of the window, theta receives through x what is beyond f. It is taken back here.
+        excess = (1 - fraction).unsqueeze(0)
+        batch = type(kept)(*(tensor.unsqueeze(0) for tensor in kept))
+        own = kept.mean.unsqueeze(0), kept.var.unsqueeze(0)
+        mean_slope -= compensation.weight_gradient(batch, own, conv, excess, None)
+        var_slope -= compensation.weight_gradient(batch, own, conv, 2 * excess * (own[0] - window_mean), excess)
+    return StatisticsGradient(own_part, mean_slope, var_slope, None, None)
