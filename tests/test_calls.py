@@ -16,7 +16,9 @@ from mmdet_cbn import CBN
 pytestmark = pytest.mark.usefixtures('device')
 
 LEVELS = [(2, 4, 9, 7), (2, 4, 5, 4), (2, 4, 5, 4), (2, 4, 3, 2)]
-KINDS = pytest.mark.parametrize('kind', [dict(), dict(order=0), dict(order=2), dict(samples=10_000)], ids=str)
+KINDS = pytest.mark.parametrize(
+    'kind', [dict(), dict(order=0), dict(order=2), dict(samples=10_000), dict(gradient='window')], ids=str
+)
 
 
 def levels(iterations):

@@ -589,7 +589,11 @@ def test_a_copy_trains_as_its_original(clone, use_reentrant, trained):
         assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize('kind', [dict(), dict(order=0), dict(order=2), dict(samples=8)], ids=str)
+@pytest.mark.parametrize(
+    'kind',
+    [dict(), dict(order=0), dict(order=2), dict(samples=8), *(dict(gradient=kind) for kind in GRADIENTS[1:])],
+    ids=str,
+)
 @pytest.mark.parametrize('use_reentrant', [False, True])
 def test_a_checkpointed_block_sees_the_same_window_twice_and_advances_it_once(use_reentrant, kind):
     model, plain = (conv_and_norm(window_size=3, **kind) for _ in range(2))
@@ -636,6 +640,49 @@ def test_a_bad_batch_does_not_poison_the_window(bad):
     # The poisoned iteration is left out: what remains is the window of the clean one.
     torch.testing.assert_close(model(third), clean(third))
     assert torch.isfinite(model(second)).all()
+
+
+@pytest.mark.parametrize('bad', [float('nan'), float('inf')])
+@pytest.mark.parametrize('kind', [dict(), dict(order=2), dict(samples=10_000)], ids=str)
+@pytest.mark.parametrize('gradient', ['weights', 'window'])
+def test_a_bad_batch_is_left_out_of_the_gradient_too(gradient, kind, bad):
+    model, clean = (conv_and_norm(window_size=3, gradient=gradient, **kind) for _ in range(2))
+    first, second, third = batches(3)
+    second[0, 0, 0, 0] = bad
+    model(first)
+    model(second)
+    clean(first)
+    for net in (model, clean):
+        with torch.no_grad():
+            net[0].weight.mul_(1.01)
+        loss_of(net(third)).backward()
+    torch.testing.assert_close(model[0].weight.grad, clean[0].weight.grad)
+
+
+@pytest.mark.parametrize('gradient', GRADIENTS)
+def test_a_frozen_convolution_has_no_gradient_and_the_input_keeps_its_own(gradient):
+    frozen, model = (conv_and_norm(window_size=3, gradient=gradient) for _ in range(2))
+    frozen[0].requires_grad_(False)
+    for x in batches(3):
+        gradients = []
+        for net in (frozen, model):
+            inputs = x.clone().requires_grad_()
+            loss_of(net(inputs)).backward()
+            gradients.append(inputs.grad)
+        torch.testing.assert_close(*gradients)
+    assert frozen[0].weight.grad is None
+
+
+@pytest.mark.parametrize('gradient', GRADIENTS)
+def test_only_the_size_of_the_weights_does_not_matter_to_a_window_that_follows_them(gradient):
+    """<theta_j, dL/dtheta_j> is 0, as in BatchNorm, if M and V scale with theta_j."""
+    model = conv_and_norm(window_size=3, gradient=gradient, eps=1e-12)
+    for x in batches(4):
+        model(x)
+    loss_of(model(x)).backward()
+    along = (model[0].weight * model[0].weight.grad).sum(dim=(1, 2, 3)).abs() / model[0].weight.grad.norm()
+    assert (along.max() > 1e-3) == (gradient == 'batch')
+    assert gradient == 'batch' or along.max() < 1e-9
 
 
 def test_running_statistics_leave_out_the_bad_channels_alone():
@@ -804,6 +851,12 @@ def test_one_value_a_channel_is_an_error_as_in_batchnorm():
         (dict(order=1.0), TypeError, 'order must be'),
         (dict(samples=1), ValueError, 'samples must be an int >= 2 or None, got 1'),
         (dict(samples=64.0), TypeError, 'samples must be an int >= 2 or None, got 64.0 of type float'),
+        (
+            dict(gradient='theta'),
+            ValueError,
+            "CBN: gradient must be 'batch' or 'weights' or 'projection' or 'window', got",
+        ),
+        (dict(gradient='weights', order=0), ValueError, "CBN: gradient must be 'batch' or 'projection' with order=0"),
         (dict(running_stats='old'), ValueError, "CBN: running_stats must be 'batch' or 'window', got 'old'"),
         (dict(running_stats=None), TypeError, "CBN: running_stats must be 'batch' or 'window', got None of type"),
         (dict(window_size=2**63), ValueError, 'window_size must be .*, and less than 2'),

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._python_dispatch import _disable_current_modes
 
 from mmdet_cbn import CBN
+from mmdet_cbn.layers.gradient import GRADIENTS
 from mmdet_cbn.layers.normalization import WindowNorm
 from mmdet_cbn.old_torch import IS_BEFORE_2_6
 
@@ -37,17 +38,26 @@ def to_cuda(module, mode, device=DEVICE):
 class Context(SimpleNamespace):
     """Stands for autograd's: a torch without CUDA can compute with fake CUDA tensors, but not record them."""
 
-    needs_input_grad = (True,) * 4 + (False,) * 5
+    needs_input_grad = (True,) * 5 + (False,) * 9
 
     def save_for_backward(self, *tensors):
         self.saved_tensors = tensors
 
 
-@pytest.mark.parametrize(('order', 'samples'), [(0, None), (1, None), (2, None), (1, 8)])
+@pytest.mark.parametrize(
+    'kind',
+    [
+        dict(order=0),
+        dict(order=0, gradient='projection'),
+        *(dict(order=order, gradient=gradient) for order in (1, 2) for gradient in GRADIENTS),
+        *(dict(samples=8, gradient=gradient) for gradient in GRADIENTS),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize('momentum', [0.1, None])
 @pytest.mark.parametrize('bias', [False, True])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16])
-def test_training_never_waits_for_the_device(order, samples, momentum, bias, dtype, monkeypatch):
+def test_training_never_waits_for_the_device(kind, momentum, bias, dtype, monkeypatch):
     contexts = []
 
     def apply(*args):
@@ -58,15 +68,18 @@ def test_training_never_waits_for_the_device(order, samples, momentum, bias, dty
     with FakeTensorMode() as mode, torch.no_grad():
         conv = nn.Conv2d(3, 4, 3, padding=1, stride=2, bias=bias, dtype=dtype)
         running_stats = 'batch' if bias else 'window'
-        norm = CBN(4, window_size=3, order=order, samples=samples, momentum=momentum, running_stats=running_stats)
+        norm = CBN(4, window_size=3, momentum=momentum, running_stats=running_stats, **kind)
         model, fake = to_cuda(nn.Sequential(conv, norm), mode)
         for step in range(4):
             y = model(fake(torch.empty(2, 3, 8, 8, dtype=dtype)))
             gradients = WindowNorm.backward(contexts[-1], fake(torch.empty(y.shape, dtype=dtype)))
             assert y.dtype == gradients[0].dtype == dtype
-            assert [None if g is None else g.shape for g in gradients] == [y.shape, *[(4,)] * 3, *[None] * 5]
+            weight = conv.weight.shape if norm.gradient in ('weights', 'window') else None
+            shapes = [y.shape, *[(4,)] * 3, weight, *[None] * 9]
+            assert [None if g is None else g.shape for g in gradients] == shapes
             assert norm.window_length == min(step + 1, 3)
-            for tensor in (y, *gradients[:4], *norm.windows.current.stacked(), *norm.buffers()):
+            made = [tensor for tensor in gradients if tensor is not None]
+            for tensor in (y, *made, *norm.windows.current.stacked(), *norm.buffers()):
                 assert tensor.device.type == DEVICE
 
 

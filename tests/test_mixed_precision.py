@@ -11,7 +11,11 @@ from mmdet_cbn import CBN
 
 HAS_FLOAT16_ON_CPU = hasattr(torch.amp, 'GradScaler')  # torch >= 2.3
 HALF = pytest.mark.parametrize('dtype', [torch.bfloat16, *[torch.float16] * HAS_FLOAT16_ON_CPU], ids=str)
-KINDS = pytest.mark.parametrize('kind', [dict(), dict(order=0), dict(order=2), dict(samples=20)], ids=str)
+KINDS = pytest.mark.parametrize(
+    'kind',
+    [dict(), dict(order=0), dict(order=2), dict(samples=20), dict(gradient='window'), dict(gradient='projection')],
+    ids=str,
+)
 
 
 @pytest.mark.parametrize('kind', [dict(), dict(samples=64)], ids=str)

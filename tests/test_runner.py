@@ -13,7 +13,9 @@ from mmengine.evaluator import BaseMetric
 
 from mmdet_cbn import CBN
 
-KINDS = pytest.mark.parametrize('kind', [dict(), dict(order=0), dict(order=2), dict(samples=8)], ids=str)
+KINDS = pytest.mark.parametrize(
+    'kind', [dict(), dict(order=0), dict(order=2), dict(samples=8), dict(gradient='window')], ids=str
+)
 
 
 @KINDS

@@ -97,6 +97,15 @@ class Compensation(ABC):
             raise ValueError(f'it has {state!r}: order or samples are others')
 
 
+def drop_inf_and_nan(statistics: Any) -> None:
+    """Replace inf and NaN by 0 in all that a kind keeps but mean and variance, which tell that the batch was bad.
+
+    What has a weight of 0 must not be NaN in a weighted sum.
+    """
+    for tensor in statistics[2:]:
+        tensor.nan_to_num_(0, 0, 0)
+
+
 def are_of_channels(num_features: int, *stacked: Tensor) -> bool:
     """Whether all of ``stacked``, read from a file, are [n, num_features]."""
     return all(tensor.shape[1:] == (num_features,) for tensor in stacked)

@@ -62,9 +62,10 @@ class FirstOrder(Compensation):
     ) -> Tensor:
         if var_gradient is None:
             return weighted_patches(mean_gradient, old.mean_grad, conv)
-        # var' = var + c - a^2 where the maximum of Eq. 10 is not 0
-        var_gradient = var_gradient.where(past[1] > 0, 0)
-        mean_gradient = mean_gradient - 2 * (past[0] - old.mean) * var_gradient
+        # var' = var + c - a^2, but for the maximum of Eq. 10
+        is_positive = past[1] > 0
+        var_gradient = var_gradient.where(is_positive, 0)
+        mean_gradient = mean_gradient - (2 * (past[0] - old.mean) * var_gradient).where(is_positive, 0)
         by_var = torch.bmm(var_gradient.T.unsqueeze(1), old.var_grad.flatten(2).transpose(0, 1))
         return by_var.view(conv.weight.shape) + weighted_patches(mean_gradient, old.mean_grad, conv)
 

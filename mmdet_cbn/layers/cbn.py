@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..arguments import check_choice, check_int, check_names, shown
-from ..compensation import make_compensation
+from ..compensation import drop_inf_and_nan, make_compensation
 from ..errors import refuse_data_parallel, title_of
 from ..old_torch import IS_BEFORE_2_8, is_compiling, outside_graphs_in_training
 from ..pairing import ConvCall, ConvFinder, why_unsupported
@@ -357,6 +357,8 @@ class CBN(nn.BatchNorm2d):
             old = window.stacked()
             if old is not None and not self.compensation.could_keep(old, self.num_features):
                 raise ValueError(f'it is of a layer with other than {self.num_features} features')
+            if old is not None:
+                drop_inf_and_nan(old)  # which a layer with another ``gradient`` keeps
         self.compensation.load_state(state.get('compensation', {}))
 
     def register_step_hook(self, hook: 'Callable[[CBN, WindowStep], None]') -> RemovableHandle:

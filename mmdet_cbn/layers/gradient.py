@@ -28,7 +28,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from ..compensation import Compensation
+from ..compensation import Compensation, drop_inf_and_nan
 from ..pairing import ConvCall
 
 Gradient = Literal['batch', 'weights', 'projection', 'window']
@@ -62,14 +62,12 @@ def statistics_gradient(
 ) -> StatisticsGradient:
     """What the backward pass needs.
 
-    Where a channel leaves out an iteration with inf or NaN, theta has a gradient through x alone.
-
     Args:
         gradient: One of :data:`GRADIENTS`.
         compensation: Of the layer.
         conv: The call that made x; None if the compensation does not need it.
         mean: Of the batch, bias included, [C].
-        kept: What the window keeps of the batch.
+        kept: What the window will keep of the batch. Its inf and NaN become 0, except in mean and variance.
         old: What it kept of n earlier iterations, stacked; None if there are none.
         past: mu' and var' of these, [n, C] each; None if there are none.
         window: M, without the bias, V and f, [C] each.
@@ -80,14 +78,16 @@ def statistics_gradient(
     own_part = fraction if gradient != 'window' else None
     if conv is None or not has_slopes(gradient, conv.weight):
         return StatisticsGradient(own_part, None, None, None, None)
+    drop_inf_and_nan(kept)
     if past is None:
         mean_slope, var_slope = (torch.zeros_like(conv.weight, dtype=fraction.dtype) for _ in range(2))
         return StatisticsGradient(own_part, mean_slope, var_slope, None, None)
-    # Eq. 9 to 11: dM / dmu' = f and dV / dvar' = f, dV / dmu' = 2 f (mu' - M)
-    share = fraction.expand_as(past[0])
+    # Eq. 9 to 11: dM / dmu' = f and dV / dvar' = f, dV / dmu' = 2 f (mu' - M); 0 for what is left out with inf or NaN
+    valid = past[0].isfinite() & past[1].isfinite()
+    share = fraction.where(valid, 0)
+    distance = (past[0] - window_mean).where(valid, 0)
     mean_slope = compensation.weight_gradient(old, past, conv, share, None)
-    var_slope = compensation.weight_gradient(old, past, conv, 2 * share * (past[0] - window_mean), share)
-    mean_slope, var_slope = (slope.nan_to_num_(0, 0, 0) for slope in (mean_slope, var_slope))
+    var_slope = compensation.weight_gradient(old, past, conv, 2 * share * distance, share)
     if gradient == 'window':
         # With the batch in place of the window, theta receives through x what is beyond f. It is taken back here.
         excess = (1 - fraction).unsqueeze(0)

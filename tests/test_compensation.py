@@ -1,0 +1,34 @@
+"""What every kind of compensation must do."""
+
+import pytest
+import torch
+from torch import nn
+
+from mmdet_cbn.compensation import make_compensation
+from mmdet_cbn.layers.statistics import batch_statistics
+from mmdet_cbn.pairing import ConvCall
+
+
+@pytest.mark.parametrize('has_var_gradient', [False, True])
+@pytest.mark.parametrize('groups', [1, 2, 6])
+@pytest.mark.parametrize(('order', 'samples'), [(1, None), (2, None), (1, 7), (1, 1000)])
+def test_the_gradient_in_the_weight_is_autograds(order, samples, groups, has_var_gradient):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(6, 12, 3, stride=2, padding=1, groups=groups).double()
+    compensation = make_compensation(order, samples)
+    kept = []
+    for inputs in torch.randn(3, 2, 6, 9, 8).double():
+        with torch.no_grad():
+            x = conv(inputs)
+            kept.append(compensation.keep(x, *batch_statistics(x), ConvCall.of(conv, inputs)))
+            conv.weight.add_(0.1 * torch.randn_like(conv.weight))
+    old = compensation.Statistics(*map(torch.stack, zip(*kept, strict=True)))
+    old.var[0, 3] = -10  # where the maximum of Eq. 10 takes over
+    call = ConvCall.of(conv, inputs)
+    past = compensation.under_current_weights(old, call)
+    assert past[1][0, 3] == 0
+    gradients = [torch.randn_like(past[0]), torch.randn_like(past[1]) if has_var_gradient else None]
+    expected = torch.autograd.grad(past[: 1 + has_var_gradient], conv.weight, gradients[: 1 + has_var_gradient])
+    with torch.no_grad():
+        actual = compensation.weight_gradient(old, past, call, *gradients)
+    torch.testing.assert_close((actual,), expected)
