@@ -6,6 +6,7 @@ The setting was chosen by BN alone: with 1 or 2 images a step it is far below BN
 from collections.abc import Sequence
 from typing import Any
 
+from ...layers.gradient import GRADIENTS
 from ...window.ring import suggested_window_size
 from .tables import BOX, Row, Table
 
@@ -19,21 +20,34 @@ _METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     'CBN': ('cbn', {}),
     'CBN, 64 samples': ('cbn', {'samples': 64}),
     'CBN, order 2': ('cbn', {'order': 2}),
+    'no drift': ('rerun', {}),
 }
-_WORDS = {'running_stats': 'of the', 'momentum': 'momentum'}
+_WORDS = {'running_stats': 'of the', 'momentum': 'momentum', 'gradient': 'gradient'}
 
 
-def _row(method: str, images: int, x: float, *, rate: float = 1, burn_in: int | None = None, **arguments: Any) -> Row:
+def _row(
+    method: str,
+    images: int,
+    x: float,
+    *,
+    rate: float = 1,
+    burn_in: int | None = None,
+    whole: bool | None = None,
+    **arguments: Any,
+) -> Row:
     """A method with so many images a step, at ``x`` of its table.
 
     Args:
         rate: Factor of the learning rate.
         burn_in: Epochs, where they are others than the config's.
+        whole: Whether, without drift, the gradient goes through the earlier images, too.
         **arguments: Of the normalizer.
     """
     name, of_method = _METHODS[method]
     config = f'retinanet_r18_fpn_{name}_varied'
-    changes = {**arguments, **({'lr': rate} if rate != 1 else {}), **({} if burn_in is None else {'burn_in': burn_in})}
+    of_hook = {'burn_in': burn_in, 'whole': whole}
+    changes = {**arguments, **({'lr': rate} if rate != 1 else {})}
+    changes |= {key: value for key, value in of_hook.items() if value is not None}
     if method == 'BRN':
         # Of that paper's 130,000 steps, the limits grow from 5,000 to 40,000 and 25,000.
         # Here they grow after the warm-up, to the middle of the training and before.
@@ -49,6 +63,7 @@ def _row(method: str, images: int, x: float, *, rate: float = 1, burn_in: int | 
             for key, value in {**of_method, **arguments}.items()
         },
         **({} if burn_in is None else {'custom_hooks.0.burn_in_epochs': burn_in}),
+        **({} if whole is None else {'custom_hooks.0.gradient': whole}),
     }
     words = [method.lower().replace(', ', ' '), str(images), *(f'{key} {value}' for key, value in changes.items())]
     label = ', '.join([method, *(f'{_WORDS[key]} {value}' for key, value in arguments.items() if key in _WORDS)])
@@ -70,6 +85,16 @@ def _series(method: str, images: int, argument: str, values: Sequence[float]) ->
     own = {'window_size': suggested_window_size(images), 'burn_in': 2, 'rate': 1}[argument]
     varied: list[dict[str, Any]] = [{} if x == own else {argument: x} for x in values]
     return [_of(images, _row(method, images, x, **each)) for x, each in zip(values, varied, strict=True)]
+
+
+def _burnt_in(method: str, images: int, burn_in: int, **arguments: Any) -> Row:
+    """A row whose label has the burn-in, and what its own arguments are."""
+    # The gradient that CBN has by default, and the config's burn-in, are those of IMAGES.
+    varied = {key: value for key, value in arguments.items() if value != 'batch'}
+    row = _row(method, images, images, burn_in=None if burn_in == 2 else burn_in, **varied)
+    words = [f'gradient {value}' if key == 'gradient' else 'whole gradient' * value for key, value in arguments.items()]
+    label = ', '.join([method, *filter(None, words), f'burn-in {burn_in}'])
+    return row._replace(labels=(label, images))
 
 
 IMAGES = _table(
@@ -115,4 +140,17 @@ RUNNING = _table(
     _row('BN', 1, 1),
     _row('BN', 1, 1, momentum=0.01),
 )
-STUDY = (IMAGES, WINDOW, BURN_IN, RATE, RUNNING)
+GRADIENT = _table(
+    'gradient',
+    'The gradient of the window, with and without burn-in',
+    'images per step',
+    *(_row(method, images, images) for method in ('BN', 'GN', 'BRN') for images in (1, 2, 4)),
+    *(
+        _burnt_in('CBN', images, burn_in, gradient=gradient)
+        for gradient in GRADIENTS
+        for burn_in in (0, 2)
+        for images in (1, 2, 4)
+    ),
+    *(_burnt_in('no drift', 4, burn_in, whole=whole) for whole in (False, True) for burn_in in (0, 2)),
+)
+STUDY = (IMAGES, WINDOW, BURN_IN, RATE, RUNNING, GRADIENT)
