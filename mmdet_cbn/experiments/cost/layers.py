@@ -1,13 +1,14 @@
 """What one convolution and its normalizer cost, forward and backward, beside BatchNorm."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from mmengine.model import revert_sync_batchnorm
 from torch import Tensor, nn
 
 from ...layers.cbn import CBN
+from ...layers.gradient import GRADIENTS
 from .detectors import time_in_alternation
 
 
@@ -52,14 +53,19 @@ class TwoGradients(nn.BatchNorm2d):
         return gamma * (x - m) / (v + self.eps).sqrt() + beta
 
 
+def _cbn(**arguments: Any) -> Callable[[int, nn.Conv2d], nn.Module]:
+    return lambda channels, conv: CBN(channels, **arguments)
+
+
 KINDS: dict[str, Callable[[int, nn.Conv2d], nn.Module]] = {
     'BN': lambda channels, conv: nn.BatchNorm2d(channels),
     'SyncBN in one process': lambda channels, conv: revert_sync_batchnorm(nn.SyncBatchNorm(channels)),
     'GN': lambda channels, conv: nn.GroupNorm(32, channels),
     'two gradients by autograd': TwoGradients,
-    'Naive CBN': lambda channels, conv: CBN(channels, order=0),
-    'CBN': lambda channels, conv: CBN(channels),
-    'CBN, 64 samples': lambda channels, conv: CBN(channels, samples=64),
+    'Naive CBN': _cbn(order=0),
+    'CBN': _cbn(),
+    'CBN, 64 samples': _cbn(samples=64),
+    **{f'CBN, gradient {gradient}': _cbn(gradient=gradient) for gradient in GRADIENTS[1:]},
 }
 
 
