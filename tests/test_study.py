@@ -16,7 +16,7 @@ from mmdet_cbn.experiments.analysis.gradients import GradientRatioHook
 from mmdet_cbn.experiments.paper.logs import Run, collect, find_runs, settings_of, store_runs
 from mmdet_cbn.experiments.paper.report import markdown, plot_figure, write_report
 from mmdet_cbn.experiments.paper.runs import Setting, Trial, load, trials_of
-from mmdet_cbn.experiments.paper.study import BURN_IN, IMAGES, RATE, RUNNING, STUDY, WINDOW
+from mmdet_cbn.experiments.paper.study import BURN_IN, GRADIENT, IMAGES, RATE, RUNNING, STUDY, WINDOW
 from mmdet_cbn.window.ring import suggested_window_size
 
 CONFIGS = ROOT / 'configs'
@@ -87,6 +87,37 @@ def test_each_table_varies_what_it_says():
         assert norm.get('momentum', 0.1) == (0.01 if 'momentum 0.01' in row.labels[0] else 0.1)
 
 
+def test_the_table_of_gradients_varies_gradient_and_burn_in_alone():
+    reference = settings_of(config_of(row_of(GRADIENT, 'CBN, gradient batch, burn-in 2', 4)))
+    for row in GRADIENT.rows:
+        method, images = row.labels
+        config = config_of(row)
+        if 'burn-in' in method:
+            assert config.custom_hooks[0].burn_in_epochs == int(method[-1])
+        if method.startswith('CBN'):
+            assert method.split(', ')[1] == f'gradient {config.model.neck.norm_cfg.get("gradient", "batch")}'
+        if method.startswith('no drift'):
+            assert config.custom_hooks[0].gradient == ('whole gradient' in method)
+        if images == 4:
+            changed = {key for key, value in settings_of(config).items() if reference.get(key) != value}
+            assert all('norm_cfg' in key or key.startswith('custom_') for key in changed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('whole', [False, True])
+def test_earlier_images_run_again(whole, build_runner, varied_root, monkeypatch):
+    monkeypatch.setenv('VARIED_ROOT', str(varied_root))
+    row = row_of(GRADIENT, f'no drift, {"whole gradient, " * whole}burn-in 0', 4)
+    options = {'train_dataloader.batch_size': 1, 'train_cfg.max_epochs': 1, 'param_scheduler': []}
+    runner = build_runner(row.file, **{**row.options, **options})
+    images = []
+    runner.model.backbone.register_forward_hook(lambda backbone, args, outputs: images.append(len(outputs[0])))
+    runner.train()
+    assert math.isfinite(runner.message_hub.get_scalar('train/loss').current())
+    assert images[: runner.iter] == [min(iteration + 1, 8) for iteration in range(runner.iter)]
+    assert images[runner.iter :] and max(images[runner.iter :]) <= 16, 'those of evaluation alone'
+
+
 def test_a_run_that_tables_share_is_made_once(tmp_path):
     rows = [row for table in STUDY for row in table.rows]
     assert len(rows) > len(ROWS) == len(trials_of(rows, 1, Setting(ROOT, tmp_path)))
@@ -151,7 +182,7 @@ def runs():
 
 def test_the_table_has_our_numbers_and_what_is_missing(runs):
     text = markdown(IMAGES, collect(IMAGES, runs, CONFIGS), trials=2)
-    assert '| method | images | box AP | box AP50 | box AP75 | box APs | box APm | trials |' in text
+    assert '| method | images per step | box AP | box AP50 | box AP75 | box APs | box APm | trials |' in text
     assert '| BN | 1 | 6.0 ± 1.4 | - | - | - | - | 2 |' in text and '| CBN | 1 | 20.0 | - | - | - | - | 1 |' in text
     assert 'cbn-1 (1 of 2), ' in text and ' bn-1 (' not in text and 'paper' not in text
 
