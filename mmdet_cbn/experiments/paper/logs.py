@@ -1,4 +1,4 @@
-"""What mmengine's logs tell of our runs, and which rows of the paper these runs are."""
+"""Reads runs from mmengine's logs, and finds the rows of the paper that they belong to."""
 
 import json
 import re
@@ -38,7 +38,7 @@ _INDIFFERENT = {
 
 
 class Run(NamedTuple):
-    """One training, as its logs tell."""
+    """One training, read from its logs."""
 
     work_dir: Path
     config: str  #: name of its config, or of the config whose small twin it is
@@ -51,7 +51,7 @@ class Run(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """Our trials of a row under one and the same settings."""
+    """Our trials of a row with the same settings."""
 
     runs: list[Run]
     differences: tuple[str, ...]  #: settings that are not the paper's, or not our study's
@@ -62,7 +62,7 @@ class Entry(NamedTuple):
 
 
 def find_runs(places: Iterable[Path]) -> list[Run]:
-    """All trainings whose logs lie under the folders, or that :func:`store_runs` wrote to the files.
+    """Find all trainings with logs under the folders, and all that :func:`store_runs` wrote to the files.
 
     Raises:
         RuntimeError: A file is not what mmengine, tools/reproduce.py or :func:`store_runs` writes.
@@ -78,7 +78,7 @@ def find_runs(places: Iterable[Path]) -> list[Run]:
 
 
 def store_runs(runs: Iterable[Run], file: Path) -> None:
-    """Write what the logs tell of the runs to one small file: settings that all share stand there once."""
+    """Write the runs to one small file. Settings that all runs share are written once."""
     runs = list(runs)
     shared = dict(set.intersection(*({(key, json.dumps(v)) for key, v in run.settings.items()} for run in runs)))
     lines = [
@@ -165,13 +165,13 @@ _VALIDATED_NOTHING = re.compile(rf'{re.escape(NOTHING_DETECTED)}$.*?Epoch\(val\)
 
 
 def _names_of_aps(config: Config) -> list[str]:
-    """The APs that the validation of a config gives where anything is detected."""
+    """Names of the APs that the config's validation logs if something is detected."""
     kinds = config.get('val_evaluator', {}).get('metric', 'bbox')
     return [name.replace('bbox', kind) for kind in ([kinds] if isinstance(kinds, str) else kinds) for name in BOX]
 
 
 def _percent(line: Mapping[str, Any]) -> dict[str, float]:
-    """The APs of a log line, in percent. COCO has -1 where there is no object of the kind."""
+    """The APs of a log line, in percent. COCO's -1 (no object of that size) is left out."""
     return {
         key.rpartition('/')[2]: 100 * value
         for key, value in line.items()
@@ -180,7 +180,7 @@ def _percent(line: Mapping[str, Any]) -> dict[str, float]:
 
 
 def settings_of(config: Config) -> dict[str, Any]:
-    """What decides on the result of a config, by dotted key."""
+    """The settings that influence the result, by dotted key."""
     return dict(_flatten({key: config.get(key) for key in _DECISIVE}))
 
 
@@ -198,7 +198,7 @@ def _flatten(value: Any, prefix: str = '') -> Iterable[tuple[str, Any]]:
 
 
 def collect(table: Table, runs: Iterable[Run], configs: Path) -> dict[str, list[Entry]]:
-    """Our trials of each row of a table, by the name of the row; those with the paper's settings first.
+    """Our trials of each row of a table, by the name of the row. Trials with the paper's settings come first.
 
     A run of tools/reproduce.py knows its row. Another belongs to the rows of its config; among these, to the one whose
     options it has.

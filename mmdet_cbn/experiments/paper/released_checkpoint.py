@@ -1,4 +1,4 @@
-"""Checkpoints of the paper authors' released code, a mmdetection of 2019, in the names and order of mmdet 3.
+"""Converts checkpoints of the authors' released code (mmdetection of 2019) to the names and class order of mmdet 3.
 
 mmdet's own ``upgrade_model_version.py`` is not called: it drops the wrong end of the biases of ``fc_reg`` and
 ``conv_logits`` and shifts the bias of ``rpn_cls``, and it knows nothing of CBN.
@@ -22,7 +22,7 @@ _CHANNELS_PER_CLASS = {'fc_reg': 4, 'conv_logits': 1}
 
 @dataclass(frozen=True)
 class Report:
-    """What became of the keys of a checkpoint and of a model; as ``str`` a line for each of note.
+    """Which keys of a checkpoint found a place in a model. ``str`` gives one line per unmatched key.
 
     Attributes:
         placed: Number of keys of the model that got a value.
@@ -58,7 +58,7 @@ class Report:
 
 
 def model_shapes(config: Config) -> dict[str, Shape]:
-    """The shape of each entry in the state dict of the model of ``config``; no weights are loaded or made.
+    """The shape of each entry of the state dict of ``config``'s model. No weights are made.
 
     Raises:
         ValueError: ``config`` describes no model.
@@ -71,7 +71,7 @@ def model_shapes(config: Config) -> dict[str, Shape]:
 
 
 def convert_checkpoint(checkpoint: Any, shapes: Mapping[str, Shape]) -> tuple[dict[str, Any], Report]:
-    """A checkpoint of the authors' code as mmdet 3 has it.
+    """Convert a checkpoint of the authors' code to mmdet 3.
 
     Args:
         checkpoint: As loaded: a state dict, or a dict with one under ``'state_dict'`` and perhaps ``'meta'``; with
@@ -105,7 +105,7 @@ def convert_checkpoint(checkpoint: Any, shapes: Mapping[str, Shape]) -> tuple[di
 
 
 def convert_state_dict(released: Mapping[str, Tensor], shapes: Mapping[str, Shape]) -> tuple[dict[str, Tensor], Report]:
-    """The state dict of a model of the authors' code in the names and the order of classes of mmdet 3.
+    """Convert a state dict of the authors' code to the names and class order of mmdet 3.
 
     The heads go into ``roi_head``; the background goes from the first class to the last, and box regression and masks
     lose it. The authors' CBN, known by its lack of ``num_batches_tracked``, divides by sqrt(var) + eps; its variance is

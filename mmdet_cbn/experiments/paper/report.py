@@ -24,10 +24,10 @@ def summarize(runs: list[Run], metric: str) -> tuple[float, float | None] | None
 
 
 def markdown(table: Table, entries: Mapping[str, list[Entry]], trials: int = 1, links: str | None = None) -> str:
-    """A table with the paper's numbers, ours and their difference, and what is missing.
+    """A table in Markdown: the paper's numbers, ours, their difference, and a list of missing trials.
 
     Args:
-        table: A table or figure of the paper, or of our study: then there are our numbers only.
+        table: A table or figure of the paper, or of our study, which has our numbers only.
         entries: Our trials by the name of the row.
         trials: How many trials a row should have.
         links: Path from the text to configs/cbn with a slash at its end, to link the configs with; None for no links.
@@ -96,7 +96,7 @@ def _markdown_of_study(table: Table, entries: Mapping[str, list[Entry]], trials:
 
 
 def _nothing_detected(table: Table, entries: Mapping[str, list[Entry]]) -> list[str]:
-    """Which rows have trials that ended without a single detection."""
+    """Names the rows with trials that detected nothing."""
     found = []
     for row in table.rows:
         finished = [run for entry in entries.get(row.name, []) for run in entry.finished]
@@ -114,7 +114,7 @@ def _trials(runs: list[Run]) -> str:
 
 
 def _short(metric: str) -> str:
-    """``bbox_mAP_50`` as ``box AP50``; what is no AP as it is."""
+    """``box AP50`` for ``bbox_mAP_50``. Other names stay as they are."""
     return metric.replace('bbox_mAP', 'box AP').replace('segm_mAP', 'mask AP').replace('_', '')
 
 
@@ -142,7 +142,7 @@ def _progress(entries: list[Entry], finished: int, trials: int) -> str:
 
 
 def write_csv(file: Path, table: Table, entries: Mapping[str, list[Entry]]) -> None:
-    """The same as numbers, one line a row, metric and setting."""
+    """The table as CSV, with one line per row, metric and setting."""
     with open(file, 'w', newline='') as stream:
         writer = csv.writer(stream)
         writer.writerow(
@@ -184,7 +184,7 @@ def write_csv(file: Path, table: Table, entries: Mapping[str, list[Entry]]) -> N
 
 
 def plot_curves(table: Table, entries: Mapping[str, list[Entry]]) -> Figure | None:
-    """AP over epochs, a line a row: the mean over trials, with the range that they span. None without any run."""
+    """Plot AP over epochs, one line per row: the mean and range over trials. None if there is no run."""
     metric = table.metrics[0]
     figure = Figure(figsize=(8, 5), layout='constrained')
     axes = figure.subplots()
@@ -217,7 +217,7 @@ def plot_curves(table: Table, entries: Mapping[str, list[Entry]]) -> Figure | No
 
 
 def plot_figure(table: Table, entries: Mapping[str, list[Entry]]) -> Figure | None:
-    """AP over k or burn-in, a line a method: mean and deviation over trials, and the points that the paper names.
+    """Plot AP over k or burn-in: mean and deviation over trials, one line per method, and the points of the paper.
 
     None without any finished run.
     """
@@ -256,7 +256,7 @@ def plot_figure(table: Table, entries: Mapping[str, list[Entry]]) -> Figure | No
 def write_report(
     runs: list[Run], out: Path, configs: Path, trials: int, tables: Iterable[Table] = TABLES
 ) -> list[Path]:
-    """Write Markdown, CSV and plots of tables but Table 8, which tools/benchmark.py makes, and the runs themselves.
+    """Write Markdown, CSV and plots of the tables, and the runs. Table 8 is left to tools/benchmark.py.
 
     Args:
         runs: What was trained.

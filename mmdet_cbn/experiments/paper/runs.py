@@ -1,4 +1,4 @@
-"""Training and evaluating the rows of the paper's tables: which commands it takes, and which have been run already."""
+"""Trains and evaluates rows of the paper's tables: makes the commands, and skips what has been run already."""
 
 import fcntl
 import json
@@ -25,22 +25,22 @@ NOTHING_DETECTED = 'The testing results of the whole dataset is empty.'
 
 
 class SettingsChanged(RuntimeError):
-    """A trial was begun with other settings than it is to go on with."""
+    """A trial was begun with other settings than the current ones."""
 
 
 class RunsElsewhere(RuntimeError):
-    """Another process is at work on the trial."""
+    """Another process works on the trial."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all trials of one call have in common.
+    """What all trials of one call of tools/reproduce.py share.
 
     Args:
         root: The folder that holds ``configs`` and ``tools``.
         work_dir: The folder for the runs.
-        gpus: GPUs to train on; with 1, train.py is run without a launcher, on the CPU where there is no GPU.
-        small: Whether to run the small twins on drawn shapes instead of the paper's recipes.
+        gpus: Number of GPUs. With 1, train.py runs without a launcher, and on the CPU if there is no GPU.
+        small: Whether to train small versions of the rows on drawn shapes.
         options: Further --cfg-options, as on the command line.
     """
 
@@ -53,7 +53,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Trial:
-    """One training of a row with one seed, and its evaluation, in a folder of its own."""
+    """One training of a row with one seed, and its evaluation. It has its own folder."""
 
     row: Row
     seed: int
@@ -68,7 +68,7 @@ class Trial:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Variables that the commands need beside those of this process."""
+        """Additional environment variables for the commands."""
         return {'CBN_ROW': self.row.config} if self.setting.small else {}
 
     @property
@@ -77,7 +77,7 @@ class Trial:
 
     @property
     def options(self) -> list[str]:
-        """--cfg-options; those of the setting come last and win."""
+        """--cfg-options. Those of the setting come last and win."""
         return [
             *(f'{key}={value}' for key, value in self.row.options_for(load(self.config)).items()),
             f'randomness.seed={self.seed}',
@@ -85,7 +85,7 @@ class Trial:
         ]
 
     def training(self) -> list[str]:
-        """The command that trains, from the last checkpoint on if there is one."""
+        """The command that trains. It resumes from the last checkpoint if there is one."""
         return self._command('train', self.work_dir, '--resume')
 
     def evaluation(self) -> list[str]:
@@ -102,7 +102,7 @@ class Trial:
         return [*start, '--work-dir', str(work_dir), *flags, '--cfg-options', *self.options]
 
     def last_checkpoint(self) -> Path:
-        """The checkpoint of the last epoch, there or not."""
+        """Path of the last epoch's checkpoint, which may not exist yet."""
         config = load(self.config).copy()
         config.merge_from_dict(dict(option.split('=', 1) for option in self.setting.options))
         return self.work_dir / f'epoch_{config.train_cfg.max_epochs}.pth'
@@ -128,7 +128,7 @@ class Trial:
 
     @contextmanager
     def hold(self) -> Iterator[int]:
-        """Hold the trial's folder against other processes; gives the descriptor of the lock.
+        """Lock the trial's folder against other processes, and yield the descriptor of the lock.
 
         Raises:
             RunsElsewhere: Another process holds it.
@@ -161,13 +161,13 @@ class Trial:
 
 
 def load(config: Path) -> Config:
-    """The config, not to be changed. What is asked of a small twin here is the same for all rows."""
+    """The config. Do not change it, because it is cached."""
     return _load(config, os.environ.get('COCO_ROOT'))
 
 
 @cache
 def _load(config: Path, coco_root: str | None) -> Config:
-    """Reads a config once for each value of COCO_ROOT, which the configs read."""
+    """Read a config. The cache has one for each value of COCO_ROOT, which configs use."""
     return Config.fromfile(config)
 
 
@@ -192,13 +192,13 @@ def evaluations(work_dir: Path) -> list[dict[str, Any]]:
 
 
 def trials_of(rows: Iterable[Row], trials: int, setting: Setting) -> list[Trial]:
-    """Every trial that the rows need; a run that several rows share comes once. All rows come before the next seed."""
+    """All trials of the rows, seed by seed. A run that several rows share comes once."""
     runs = {row.run: row for row in rows}
     return [Trial(row, seed, setting) for seed in range(trials) for row in runs.values()]
 
 
 def describe(trial: Trial) -> list[str]:
-    """What is to be done for a trial, as lines of a shell script."""
+    """The commands of a trial, as lines of a shell script."""
     lines = [f'# {trial}']
     if trial.is_evaluated():
         return [f'{lines[0]}: finished']
@@ -208,12 +208,12 @@ def describe(trial: Trial) -> list[str]:
 
 
 def run(trial: Trial, environment: dict[str, str], announce: Callable[[str], None]) -> str:
-    """Do what is left to do of a trial.
+    """Train and evaluate a trial, as far as that is not done yet.
 
     Args:
         trial: The trial.
         environment: Of the commands, as ``os.environ``.
-        announce: Is told each step.
+        announce: Called with a line of text before each step.
 
     Returns:
         What became of it: ``'finished'`` or ``'was finished'``, where it detected nothing with a word on that; or what
@@ -246,7 +246,7 @@ def _word_on_nothing(trial: Trial) -> str:
 
 
 def _call(command: list[str], environment: dict[str, str], lock: int) -> int:
-    """Run a command and take it along when this process is told to end.
+    """Run a command, and end it when this process is told to end.
 
     It inherits the lock: should this process be killed outright, the command goes on, and the trial stays held.
     """

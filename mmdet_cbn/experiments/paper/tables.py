@@ -23,12 +23,12 @@ class Row(NamedTuple):
 
     @property
     def file(self) -> str:
-        """The config's path within configs."""
+        """Path of the config under configs."""
         return f'{self.folder}/{self.config}.py'
 
     @property
     def run(self) -> str:
-        """Name of the training run. Rows of several tables may share one."""
+        """Name of the training run. Several rows may share a run."""
         return f'{self.config}+{self.name}' if self.options or self.times_images > 1 else self.config
 
     def options_for(self, config: Any) -> dict[str, Any]:
@@ -55,7 +55,7 @@ class Table(NamedTuple):
 
     @property
     def is_ours(self) -> bool:
-        """Of our study (study.py); the paper has no numbers for it."""
+        """Whether it belongs to our study (study.py). The paper has no numbers for it."""
         return self.name.startswith('study')
 
     @property
@@ -64,7 +64,7 @@ class Table(NamedTuple):
 
     @property
     def number(self) -> str:
-        """As the paper counts: ``'6'`` for both parts of Table 6, ``'figure3'``."""
+        """The paper's number: ``'6'`` for both parts of Table 6, or ``'figure3'``."""
         return self.name if self.is_ours else self.name.removeprefix('table').partition('-')[0]
 
 
@@ -170,7 +170,7 @@ TABLE8 = Table(
 
 
 def _with_norm(**options: Any) -> dict[str, Any]:
-    """Options of the norm_cfg of both places that have it in a row with normalizers in the heads."""
+    """Options for the norm_cfg of FPN and box head."""
     places = ('model.neck.norm_cfg', 'model.roi_head.bbox_head.norm_cfg')
     return {f'{place}.{name}': value for name, value in options.items() for place in places}
 
