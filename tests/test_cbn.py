@@ -50,7 +50,8 @@ def conv_and_norm(seed=0, dtype=torch.float64, conv=CONVOLUTIONS['3x3 padded'], 
     return nn.Sequential(nn.Conv2d(4, 4, **{'bias': False, **conv}), norm).to(dtype)
 
 
-ORDERS_AND_GRADIENTS = [(0, 'batch'), (0, 'projection'), *((order, kind) for order in (1, 2) for kind in GRADIENTS)]
+ALL_GRADIENTS = [*GRADIENTS, 0.25]
+ORDERS_AND_GRADIENTS = [(0, 'batch'), (0, 'projection'), *((order, kind) for order in (1, 2) for kind in ALL_GRADIENTS)]
 
 
 @pytest.mark.parametrize(('order', 'gradient'), ORDERS_AND_GRADIENTS)
@@ -591,7 +592,7 @@ def test_a_copy_trains_as_its_original(clone, use_reentrant, trained):
 
 @pytest.mark.parametrize(
     'kind',
-    [dict(), dict(order=0), dict(order=2), dict(samples=8), *(dict(gradient=kind) for kind in GRADIENTS[1:])],
+    [dict(), dict(order=0), dict(order=2), dict(samples=8), *(dict(gradient=kind) for kind in ALL_GRADIENTS[1:])],
     ids=str,
 )
 @pytest.mark.parametrize('use_reentrant', [False, True])
@@ -644,7 +645,7 @@ def test_a_bad_batch_does_not_poison_the_window(bad):
 
 @pytest.mark.parametrize('bad', [float('nan'), float('inf')])
 @pytest.mark.parametrize('kind', [dict(), dict(order=2), dict(samples=10_000)], ids=str)
-@pytest.mark.parametrize('gradient', ['weights', 'window'])
+@pytest.mark.parametrize('gradient', ['weights', 'window', 0.25])
 def test_a_bad_batch_is_left_out_of_the_gradient_too(gradient, kind, bad):
     model, clean = (conv_and_norm(window_size=3, gradient=gradient, **kind) for _ in range(2))
     first, second, third = batches(3)
@@ -659,7 +660,7 @@ def test_a_bad_batch_is_left_out_of_the_gradient_too(gradient, kind, bad):
     torch.testing.assert_close(model[0].weight.grad, clean[0].weight.grad)
 
 
-@pytest.mark.parametrize('gradient', GRADIENTS)
+@pytest.mark.parametrize('gradient', ALL_GRADIENTS)
 def test_a_frozen_convolution_has_no_gradient_and_the_input_keeps_its_own(gradient):
     frozen, model = (conv_and_norm(window_size=3, gradient=gradient) for _ in range(2))
     frozen[0].requires_grad_(False)
@@ -673,7 +674,7 @@ def test_a_frozen_convolution_has_no_gradient_and_the_input_keeps_its_own(gradie
     assert frozen[0].weight.grad is None
 
 
-@pytest.mark.parametrize('gradient', GRADIENTS)
+@pytest.mark.parametrize('gradient', ALL_GRADIENTS)
 def test_only_the_size_of_the_weights_does_not_matter_to_a_window_that_follows_them(gradient):
     """<theta_j, dL/dtheta_j> is 0, as in BatchNorm, if M and V scale with theta_j."""
     model = conv_and_norm(window_size=3, gradient=gradient, eps=1e-12)
@@ -851,10 +852,15 @@ def test_one_value_a_channel_is_an_error_as_in_batchnorm():
         (dict(order=1.0), TypeError, 'order must be'),
         (dict(samples=1), ValueError, 'samples must be an int >= 2 or None, got 1'),
         (dict(samples=64.0), TypeError, 'samples must be an int >= 2 or None, got 64.0 of type float'),
+        (dict(gradient='theta'), ValueError, "gradient must be 'batch', 'weights', .* number from 0 to 1, got 'theta"),
+        (dict(gradient=1.5), ValueError, "CBN: gradient must be 'batch', .* or a number from 0 to 1, got 1.5"),
+        (dict(gradient=float('nan')), ValueError, 'CBN: gradient must be .* or a number from 0 to 1, got nan'),
+        (dict(gradient=True), TypeError, 'CBN: gradient must be .* got True of type bool'),
+        (dict(gradient=None), TypeError, 'CBN: gradient must be .* got None of type NoneType'),
         (
-            dict(gradient='theta'),
+            dict(gradient=0.5, order=0),
             ValueError,
-            "CBN: gradient must be 'batch' or 'weights' or 'projection' or 'window', got",
+            "gradient must be 'batch' or 'projection' with order=0, got 0.5",
         ),
         (dict(gradient='weights', order=0), ValueError, "CBN: gradient must be 'batch' or 'projection' with order=0"),
         (dict(running_stats='old'), ValueError, "CBN: running_stats must be 'batch' or 'window', got 'old'"),

@@ -20,7 +20,14 @@ from mmdet_cbn.old_torch import IS_BEFORE_2_8
 from mmdet_cbn.pairing import watch
 
 BREAKS_NO_GRAPH = not IS_BEFORE_2_8
-COMPENSATED = [dict(), dict(order=2), dict(samples=20), dict(gradient='window'), dict(gradient='projection')]
+COMPENSATED = [
+    dict(),
+    dict(order=2),
+    dict(samples=20),
+    dict(gradient='window'),
+    dict(gradient=0.25),
+    dict(gradient='projection'),
+]
 KINDS = pytest.mark.parametrize('kind', [dict(order=0), *COMPENSATED], ids=str)
 BACKENDS = pytest.mark.parametrize('backend', ['aot_eager', pytest.param('inductor', marks=pytest.mark.slow)])
 

@@ -49,7 +49,7 @@ class Context(SimpleNamespace):
     [
         dict(order=0),
         dict(order=0, gradient='projection'),
-        *(dict(order=order, gradient=gradient) for order in (1, 2) for gradient in GRADIENTS),
+        *(dict(order=order, gradient=gradient) for order in (1, 2) for gradient in (*GRADIENTS, 0.25)),
         *(dict(samples=8, gradient=gradient) for gradient in GRADIENTS),
     ],
     ids=str,
@@ -74,7 +74,7 @@ def test_training_never_waits_for_the_device(kind, momentum, bias, dtype, monkey
             y = model(fake(torch.empty(2, 3, 8, 8, dtype=dtype)))
             gradients = WindowNorm.backward(contexts[-1], fake(torch.empty(y.shape, dtype=dtype)))
             assert y.dtype == gradients[0].dtype == dtype
-            weight = conv.weight.shape if norm.gradient in ('weights', 'window') else None
+            weight = conv.weight.shape if norm.gradient in ('weights', 'window', 0.25) else None
             shapes = [y.shape, *[(4,)] * 3, weight, *[None] * 9]
             assert [None if g is None else g.shape for g in gradients] == shapes
             assert norm.window_length == min(step + 1, 3)

@@ -91,7 +91,7 @@ def trainings(draw):
     order = draw(st.integers(0, 2))
     samples = draw(st.sampled_from([None, None, 2, 7, ALL])) if order == 1 else None
     # The oracle has the gradients of the statistics themselves, not of those of a few samples.
-    gradients = GRADIENTS if order and samples in (None, ALL) else ['batch', 'projection']
+    gradients = [*GRADIENTS, 0.3] if order and samples in (None, ALL) else ['batch', 'projection']
     norm = dict(
         window_size=draw(st.integers(1, 5)),
         order=order,

@@ -35,7 +35,7 @@ class OracleCBN:
     """
 
     def __init__(
-        self, window_size: int, order: int = 1, eps: float = 1e-5, gradient: str = 'batch', **conv_args: Any
+        self, window_size: int, order: int = 1, eps: float = 1e-5, gradient: Any = 'batch', **conv_args: Any
     ) -> None:
         self.window_size, self.order, self.eps, self.gradient = window_size, order, eps, gradient
         self.conv_args = conv_args
@@ -46,12 +46,12 @@ class OracleCBN:
             x = F.conv2d(y.detach(), weight, **self.conv_args)
             return x.mean(dim=(0, 2, 3)), x.square().mean(dim=(0, 2, 3))
 
-        # With 'window', y has a gradient of its own below.
-        x = F.conv2d(y.detach() if self.gradient == 'window' else y, theta, **self.conv_args)
+        follows_theta = self.gradient not in ('batch', 'projection')  # then y has a gradient of its own below
+        x = F.conv2d(y.detach() if follows_theta else y, theta, **self.conv_args)
         mu_t, nu_t = x.mean(dim=(0, 2, 3)), x.square().mean(dim=(0, 2, 3))  # Algorithm 1, line 1
         mus, nus = [mu_t], [nu_t]
         # theta_t is constant inside a Taylor term, or not: the text of section 3.3 allows both.
-        moving = theta if self.gradient in ('weights', 'window') else theta.detach()
+        moving = theta if follows_theta else theta.detach()
         for past in self.past:  # Eq. 7 and 8
             mu, nu = past.mu, past.nu
             if self.order == 1:
@@ -75,14 +75,14 @@ class OracleCBN:
             r = (var_t + self.eps).sqrt().detach() / self.deviation
             d = (mu_t.detach() - self.mean) / self.deviation
             output = self._scale(x_hat * r[:, None, None] + d[:, None, None], gamma, beta)
-        elif self.gradient == 'window':  # theta sees the window, and y sees the batch in place of the window
-            for_theta = self._scale(
-                self._normalize(F.conv2d(y.detach(), theta, **self.conv_args), mu_bar, var_bar), gamma, beta
-            )
+        elif follows_theta:  # theta sees the window; to y, the batch stands for a part of the earlier iterations
+            for_theta = self._scale(self._normalize(x, mu_bar, var_bar), gamma, beta)
             x = F.conv2d(y, theta.detach(), **self.conv_args)
             mu, nu = x.mean(dim=(0, 2, 3)), x.square().mean(dim=(0, 2, 3))
-            mu = self.mean + (mu - mu.detach())
-            nu = nu_bar.detach() + (nu - nu.detach())
+            stand_in = {'weights': 0.0, 'window': 1.0}.get(self.gradient, self.gradient)
+            share = 1 / len(mus) + stand_in * (1 - 1 / len(mus))
+            mu = self.mean + share * (mu - mu.detach())
+            nu = nu_bar.detach() + share * (nu - nu.detach())
             for_y = self._scale(self._normalize(x, mu, nu - mu**2), gamma.detach(), beta.detach())
             output = for_theta + (for_y - for_y.detach())
         else:

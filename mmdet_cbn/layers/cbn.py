@@ -20,7 +20,7 @@ from ..window.calls import CallWindows
 from .compilation import opaque_to_compiler
 from .conversion import active_norms, convert_in_place, select
 from .diagnosis import Diagnosis, DiagnosisRecorder
-from .gradient import GRADIENTS, Gradient, statistics_gradient
+from .gradient import GRADIENTS, Gradient, stand_in, statistics_gradient
 from .normalization import WindowNorm
 from .statistics import Running, batch_norm, batch_statistics, update_running, window_statistics
 from .step import WindowStep, once_per_step
@@ -84,7 +84,8 @@ class CBN(nn.BatchNorm2d):
         gradient: How the backward pass treats the dependence of the window on the current iteration. ``'batch'``, as in
             the authors' code: only the current batch's share of the window depends on the input. ``'weights'``: also
             the compensated earlier statistics depend on the weight of the convolution (Eq. 7 and 8). ``'window'``: for
-            the layers before, the current batch stands for the whole window, too. ``'projection'``: the input receives
+            the layers before, the current batch stands for the whole window, too. A number from 0 (``'weights'``) to 1
+            (``'window'``): it stands for this part of the earlier iterations. ``'projection'``: the input receives
             BatchNorm's gradient for the current batch.
         conv: The convolution that feeds the layer, for models that you build yourself. It does not become a part of
             the layer. None to find it in training.
@@ -136,8 +137,8 @@ class CBN(nn.BatchNorm2d):
             if order != 1:
                 raise ValueError(f'CBN: samples must be None with order={order}, got {samples}; they go with order=1')
         check_choice('CBN', 'running_stats', running_stats, ('batch', 'window'))
-        check_choice('CBN', 'gradient', gradient, GRADIENTS)
-        if order == 0 and gradient in ('weights', 'window'):
+        _check_gradient(gradient)
+        if order == 0 and stand_in(gradient) is not None:
             raise ValueError(
                 f"CBN: gradient must be 'batch' or 'projection' with order=0, got {gradient!r}: without compensation "
                 'the window does not depend on the current weights'
@@ -450,6 +451,14 @@ class CBN(nn.BatchNorm2d):
     def _replicate_for_data_parallel(self) -> 'CBN':
         refuse_data_parallel(self)
         return super()._replicate_for_data_parallel()
+
+
+def _check_gradient(gradient: Any) -> None:
+    allowed = f'{", ".join(map(repr, GRADIENTS))} or a number from 0 to 1'
+    if isinstance(gradient, bool) or not isinstance(gradient, str | float | int):
+        raise TypeError(f'CBN: gradient must be {allowed}, got {shown(gradient)} of type {type(gradient).__name__}')
+    if gradient not in GRADIENTS if isinstance(gradient, str) else not 0 <= gradient <= 1:
+        raise ValueError(f'CBN: gradient must be {allowed}, got {shown(gradient)}')
 
 
 def _check_conv(conv: Any, num_features: int) -> None:

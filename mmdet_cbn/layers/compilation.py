@@ -55,7 +55,7 @@ def opaque_to_compiler(method: Callable) -> Callable:
         slope_shape = list(weight.shape) if weight is not None and has_slopes(layer.gradient, weight) else []
         with torch.no_grad():
             mean, var, *gradient = _step_operator(
-                x, conv_input, *running, number, conv, is_learning, layer.gradient, slope_shape
+                x, conv_input, *running, number, conv, is_learning, str(layer.gradient), slope_shape
             )
         # An operator returns no None.
         members = [None if tensor.numel() == 0 else tensor for tensor in gradient]
@@ -112,7 +112,7 @@ def _step_operator(
 def _(x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     gradient, slope_shape = others[-2:]
     of_channels, none = [x.size(1)], [0]
-    fraction = of_channels if gradient in ('batch', 'weights') else none
+    fraction = none if gradient in ('projection', 'window', '1', '1.0') else of_channels
     slope = slope_shape or none
     batch = of_channels if gradient == 'projection' else none
     shapes = [of_channels, of_channels, fraction, slope, slope, batch, batch]

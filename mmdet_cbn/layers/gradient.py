@@ -16,11 +16,15 @@ gradient   M and V as a function of x     M and V as a function of theta
 ========== ============================== ===================================
 batch      the fraction f                 through x
 weights    the fraction f                 through x, and Eq. 7 and 8: exact
-projection none; but dx is projected as   through x
-           BatchNorm of the batch does it
 window     all of them: the batch stands  as with ``weights``
            for the whole window
+a number   f + number (1 - f): it stands  as with ``weights``
+           for so much of the rest
+projection none; but dx is projected as   through x
+           BatchNorm of the batch does it
 ========== ============================== ===================================
+
+So ``weights`` is the number 0, and ``window`` is 1.
 """
 
 from typing import Any, Literal, NamedTuple, get_args
@@ -31,8 +35,9 @@ from torch import Tensor
 from ..compensation import Compensation, drop_inf_and_nan
 from ..pairing import ConvCall
 
-Gradient = Literal['batch', 'weights', 'projection', 'window']
-GRADIENTS: tuple[str, ...] = get_args(Gradient)
+GradientName = Literal['batch', 'weights', 'window', 'projection']
+GRADIENTS: tuple[str, ...] = get_args(GradientName)
+Gradient = GradientName | float
 
 
 class StatisticsGradient(NamedTuple):
@@ -45,13 +50,20 @@ class StatisticsGradient(NamedTuple):
     var: Tensor | None  #: of the batch, [C], where its own projection is taken instead
 
 
-def has_slopes(gradient: str, weight: Tensor) -> bool:
+def stand_in(gradient: Gradient) -> float | None:
+    """For how much of the earlier iterations the batch stands; None if theta has no gradient through the window."""
+    if isinstance(gradient, str):
+        return {'weights': 0.0, 'window': 1.0}.get(gradient)
+    return gradient
+
+
+def has_slopes(gradient: Gradient, weight: Tensor) -> bool:
     """Whether the convolution's ``weight`` receives a gradient through the window."""
-    return gradient in ('weights', 'window') and weight.requires_grad
+    return stand_in(gradient) is not None and weight.requires_grad
 
 
 def statistics_gradient(
-    gradient: str,
+    gradient: Gradient,
     compensation: Compensation,
     conv: ConvCall | None,
     mean: Tensor,
@@ -63,7 +75,7 @@ def statistics_gradient(
     """What the backward pass needs.
 
     Args:
-        gradient: One of :data:`GRADIENTS`.
+        gradient: One of :data:`GRADIENTS`, or a number from 0 to 1.
         compensation: Of the layer.
         conv: The call that made x; None if the compensation does not need it.
         mean: Of the batch, bias included, [C].
@@ -75,7 +87,8 @@ def statistics_gradient(
     window_mean, _, fraction = window
     if gradient == 'projection':
         return StatisticsGradient(None, None, None, mean, kept.var)
-    own_part = fraction if gradient != 'window' else None
+    rest = stand_in(gradient) or 0.0
+    own_part = fraction if rest == 0 else None if rest == 1 else torch.lerp(fraction, torch.ones_like(fraction), rest)
     if conv is None or not has_slopes(gradient, conv.weight):
         return StatisticsGradient(own_part, None, None, None, None)
     drop_inf_and_nan(kept)
@@ -88,9 +101,9 @@ def statistics_gradient(
     distance = (past[0] - window_mean).where(valid, 0)
     mean_slope = compensation.weight_gradient(old, past, conv, share, None)
     var_slope = compensation.weight_gradient(old, past, conv, 2 * share * distance, share)
-    if gradient == 'window':
+    if rest > 0:
         # With the batch in place of the window, theta receives through x what is beyond f. It is taken back here.
-        excess = (1 - fraction).unsqueeze(0)
+        excess = (rest * (1 - fraction)).unsqueeze(0)
         batch = type(kept)(*(tensor.unsqueeze(0) for tensor in kept))
         own = kept.mean.unsqueeze(0), kept.var.unsqueeze(0)
         mean_slope -= compensation.weight_gradient(batch, own, conv, excess, None)
