@@ -148,7 +148,7 @@ GRADIENT = _table(
     *(_row(method, images, images) for method in ('BN', 'GN', 'BRN') for images in (1, 2, 4)),
     *(
         _burnt_in('CBN', images, burn_in, gradient=gradient)
-        for gradient in GRADIENTS
+        for gradient in (*GRADIENTS, 0.25, 0.5)
         for burn_in in (0, 2)
         for images in (1, 2, 4)
     ),
