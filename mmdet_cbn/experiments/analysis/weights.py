@@ -1,0 +1,106 @@
+"""How the weights before normalizers grow, and which part of their gradient only makes them longer.
+
+BatchNorm's output does not depend on the length of a channel's weight theta_j, so the gradient is orthogonal to
+theta_j. With a window this holds only as far as the gradient goes through the window.
+"""
+
+import csv
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ...arguments import check_int
+
+
+class WeightState(NamedTuple):
+    """A convolution and the normalizer behind it. Means are over channels j."""
+
+    iteration: int  #: finished iterations
+    layer: str  #: the normalizer
+    norm: float  #: mean of ||theta_j||
+    radial: float  #: mean of <theta_j, g_j> / (||theta_j|| ||g_j||), g_j the gradient: > 0 makes theta_j shorter
+    size_of_radial: float  #: mean of its absolute value
+    offset: float  #: mean of |running mean| / running deviation
+
+
+class WeightStateHook(Hook):
+    """Records a :class:`WeightState` of each BatchNorm, CBN too, that follows a convolution.
+
+    Args:
+        every: Iterations from one record to the next.
+
+    Attributes:
+        states (list[WeightState]): What was found. Also written to ``weights.csv`` in the work_dir after training.
+
+    Raises:
+        TypeError: ``every`` is not an int.
+        ValueError: ``every`` is less than 1.
+    """
+
+    priority = 'LOW'
+
+    def __init__(self, every: int = 50) -> None:
+        self.every = check_int('WeightStateHook', 'every', every, at_least=1)
+        self.states: list[WeightState] = []
+        self._convs: dict[str, nn.Conv2d] = {}
+        self._found: list[tuple[str, Tensor]] = []
+        self._handles: list[RemovableHandle] = []
+        self._records = False
+
+    def before_train(self, runner: Runner) -> None:
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        self._norms = {name: module for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+        last: list[tuple[nn.Conv2d, Tensor]] = []
+        handles = [
+            module.register_forward_hook(lambda conv, _, output: last.__setitem__(slice(None), [(conv, output)]))
+            for module in model.modules()
+            if isinstance(module, nn.Conv2d)
+        ]
+
+        def pair(name: str) -> Any:
+            def hook(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+                if last and last[0][1] is args[0] and name not in self._convs:
+                    self._convs[name] = last[0][0]
+                    weight = last[0][0].weight
+                    if weight.requires_grad:
+                        weight.register_post_accumulate_grad_hook(lambda weight: self._look(name, weight))
+
+            return hook
+
+        handles += [norm.register_forward_pre_hook(pair(name)) for name, norm in self._norms.items()]
+        self._handles = handles
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        self._records = (runner.iter + 1) % self.every == 0
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
+    ) -> None:
+        while self._handles:  # all norms have met their convolutions
+            self._handles.pop().remove()
+        for name, numbers in self._found:
+            self.states.append(WeightState(runner.iter + 1, name, *numbers.tolist()))
+        self._found.clear()
+
+    def after_train(self, runner: Runner) -> None:
+        with open(Path(runner.work_dir) / 'weights.csv', 'w', newline='') as stream:
+            writer = csv.writer(stream)
+            writer.writerow(WeightState._fields)
+            writer.writerows(self.states)
+
+    @torch.no_grad()
+    def _look(self, name: str, weight: Tensor) -> None:
+        if not self._records or weight.grad is None:
+            return
+        theta, gradient = weight.flatten(1), weight.grad.flatten(1)
+        radial = torch.cosine_similarity(theta, gradient, dim=1)
+        norm = self._norms[name]
+        offset = norm.running_mean.abs() / (norm.running_var + norm.eps).sqrt()  # type: ignore[union-attr, operator]
+        numbers = [theta.norm(dim=1).mean(), radial.mean(), radial.abs().mean(), offset.mean()]
+        self._found.append((name, torch.stack(numbers)))
