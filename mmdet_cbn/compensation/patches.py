@@ -41,11 +41,11 @@ def dot_mean_grad(mean_grad: Tensor, theta: Tensor, groups: int) -> Tensor:
 
 
 def weighted_patches(factors: Tensor, patches: Tensor, conv: ConvCall) -> Tensor:
-    """The sum over n iterations of a mean patch, times a factor for each output channel, like the weight.
+    """The sum of n patches, or mean patches, each times a factor for each output channel, like the weight.
 
     Args:
         factors: [n, C_out].
-        patches: E[p] of each, [n, C_in, kh, kw].
+        patches: [n, C_in, kh, kw] or [n, C_in * kh * kw].
         conv: The call, for the shape of the weight and the groups.
     """
     by_group = factors.unflatten(1, (conv.groups, -1)).permute(1, 2, 0)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..pairing import ConvCall
 from .base import Compensation, are_of_channels
-from .patches import patches_at
+from .patches import patches_at, weighted_patches
 
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
 
@@ -77,16 +77,14 @@ class Sampled(Compensation):
         mean_gradient: Tensor,
         var_gradient: Tensor | None,
     ) -> Tensor:
-        weight, groups = conv.weight, conv.groups
         patches = old.patches.flatten(0, 1)
         factors = mean_gradient.unsqueeze(1)
         if var_gradient is not None:
-            x = _outputs(patches, weight.to(old.mean.dtype), groups).unflatten(0, old.patches.shape[:2])
+            x = _outputs(patches, conv.weight.to(old.mean.dtype), conv.groups).unflatten(0, old.patches.shape[:2])
             distance = x - torch.bmm(old.share.unsqueeze(1), x)
             # With the mean m over the sample: d sum share (x - m)^2 / dtheta = 2 sum share (x - m) p
             factors = torch.addcmul(factors, 2 * var_gradient.where(past[1] > 0, 0).unsqueeze(1), distance)
-        by_group = (old.share.unsqueeze(2) * factors).flatten(0, 1).unflatten(1, (groups, -1)).permute(1, 2, 0)
-        return torch.bmm(by_group, patches.unflatten(1, (groups, -1)).transpose(0, 1)).reshape(weight.shape)
+        return weighted_patches((old.share.unsqueeze(2) * factors).flatten(0, 1), patches, conv)
 
     def could_keep(self, old: Any, num_features: int) -> bool:
         return (

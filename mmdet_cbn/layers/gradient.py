@@ -95,17 +95,22 @@ def statistics_gradient(
     if past is None:
         mean_slope, var_slope = (torch.zeros_like(conv.weight, dtype=fraction.dtype) for _ in range(2))
         return StatisticsGradient(own_part, mean_slope, var_slope, None, None)
-    # Eq. 9 to 11: dM / dmu' = f and dV / dvar' = f, dV / dmu' = 2 f (mu' - M); 0 for what is left out with inf or NaN
+
+    def slopes(statistics: Any, moved: tuple[Tensor, Tensor], share: Tensor, distance: Tensor) -> tuple[Tensor, Tensor]:
+        # Eq. 9 to 11, for a share of the window: dM / dmu' = share, dV / dvar' = share, dV / dmu' = 2 share (mu' - M)
+        of_mean = compensation.weight_gradient(statistics, moved, conv, share, None)
+        return of_mean, compensation.weight_gradient(statistics, moved, conv, 2 * share * distance, share)
+
+    # What is left out with inf or NaN has no share.
     valid = past[0].isfinite() & past[1].isfinite()
-    share = fraction.where(valid, 0)
     distance = (past[0] - window_mean).where(valid, 0)
-    mean_slope = compensation.weight_gradient(old, past, conv, share, None)
-    var_slope = compensation.weight_gradient(old, past, conv, 2 * share * distance, share)
+    mean_slope, var_slope = slopes(old, past, fraction.where(valid, 0), distance)
     if rest > 0:
         # With the batch in place of the window, theta receives through x what is beyond f. It is taken back here.
         excess = (rest * (1 - fraction)).unsqueeze(0)
         batch = type(kept)(*(tensor.unsqueeze(0) for tensor in kept))
         own = kept.mean.unsqueeze(0), kept.var.unsqueeze(0)
-        mean_slope -= compensation.weight_gradient(batch, own, conv, excess, None)
-        var_slope -= compensation.weight_gradient(batch, own, conv, 2 * excess * (own[0] - window_mean), excess)
+        own_mean_slope, own_var_slope = slopes(batch, own, excess, own[0] - window_mean)
+        mean_slope -= own_mean_slope
+        var_slope -= own_var_slope
     return StatisticsGradient(own_part, mean_slope, var_slope, None, None)

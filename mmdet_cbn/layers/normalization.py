@@ -101,14 +101,12 @@ class WindowNorm(torch.autograd.Function):
         dx, dweight, dbias = _backward(dy, x, own, None, None, center, scale, True, ctx.eps, [need_x, True, True])
         if batch_var is not None:  # (x - M) r = (xb / sigma^-1 + mu - M) r
             dweight = invstd * (dweight / scale + (batch_mean - mean) * dbias)
+        if need_x and fraction is not None:
+            dx.addcmul_(dy, ((gamma - own) * invstd).view(-1, 1, 1))
+        # x depends on b, so dx is there where the gradient of b is asked for.
+        dconv_bias = -dx.sum(dim=(0, 2, 3), dtype=mean.dtype) if need_conv_bias else None
         if need_x:
-            if fraction is not None:
-                dx.addcmul_(dy, ((gamma - own) * invstd).view(-1, 1, 1))
-            # x depends on b, so dx is there where the gradient of b is asked for.
-            dconv_bias = -dx.sum(dim=(0, 2, 3), dtype=mean.dtype) if need_conv_bias else None
             dx = dx.to(dtype)
-        else:
-            dconv_bias = None
         dconv_weight = None
         if need_conv_weight and mean_slope is not None:
             mean_gradient = -gamma * invstd * dbias
