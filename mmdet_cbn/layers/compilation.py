@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..old_torch import custom_op, is_compiling
-from .gradient import StatisticsGradient, has_slopes
+from .gradient import StatisticsGradient, has_fraction, has_slopes
 from .statistics import Running, statistics_dtype
 
 # An operator takes tensors and numbers, so modules have numbers. A copy of a module has another number.
@@ -53,10 +53,9 @@ def opaque_to_compiler(method: Callable) -> Callable:
         number = number_of(layer)
         weight: Any = None if found_conv is None else found_conv[0].weight
         slope_shape = list(weight.shape) if weight is not None and has_slopes(layer.gradient, weight) else []
+        members_of = has_fraction(layer.gradient), slope_shape, layer.gradient == 'projection'
         with torch.no_grad():
-            mean, var, *gradient = _step_operator(
-                x, conv_input, *running, number, conv, is_learning, str(layer.gradient), slope_shape
-            )
+            mean, var, *gradient = _step_operator(x, conv_input, *running, number, conv, is_learning, *members_of)
         # An operator returns no None.
         members = [None if tensor.numel() == 0 else tensor for tensor in gradient]
         return mean, var, StatisticsGradient(*members), number
@@ -79,8 +78,9 @@ def _step_operator(
     layer: int,
     conv: int,
     is_learning: bool,
-    gradient: str,
+    has_fraction: bool,
     slope_shape: list[int],
+    projects: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """A step of CBN in a graph.
 
@@ -93,8 +93,9 @@ def _step_operator(
         layer: Number of the layer.
         conv: Number of the convolution, if there is a ``conv_input``.
         is_learning: Whether a backward pass may follow.
-        gradient: Of the layer. Only the compiler looks at it, and at the next one.
+        has_fraction: Whether the layer's gradient has a fraction. Only the compiler looks at this and what follows.
         slope_shape: Of the weight; empty if it receives no gradient from the layer.
+        projects: Whether the gradient has mean and variance of the batch.
 
     Returns:
         Mean, variance, and the members of :class:`StatisticsGradient`, which are empty for None.
@@ -110,11 +111,11 @@ def _step_operator(
 
 @_step_operator.register_fake
 def _(x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    gradient, slope_shape = others[-2:]
+    has_fraction, slope_shape, projects = others[-3:]
     of_channels, none = [x.size(1)], [0]
-    fraction = none if gradient in ('projection', 'window', '1', '1.0') else of_channels
+    fraction = of_channels if has_fraction else none
     slope = slope_shape or none
-    batch = of_channels if gradient == 'projection' else none
+    batch = of_channels if projects else none
     shapes = [of_channels, of_channels, fraction, slope, slope, batch, batch]
     return tuple(x.new_empty(shape, dtype=statistics_dtype(x)) for shape in shapes)  # type: ignore[return-value]
 

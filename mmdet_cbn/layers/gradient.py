@@ -57,6 +57,11 @@ def stand_in(gradient: Gradient) -> float | None:
     return gradient
 
 
+def has_fraction(gradient: Gradient) -> bool:
+    """Whether a part alone of M and V counts as a function of x."""
+    return gradient != 'projection' and stand_in(gradient) != 1
+
+
 def has_slopes(gradient: Gradient, weight: Tensor) -> bool:
     """Whether the convolution's ``weight`` receives a gradient through the window."""
     return stand_in(gradient) is not None and weight.requires_grad
@@ -88,7 +93,9 @@ def statistics_gradient(
     if gradient == 'projection':
         return StatisticsGradient(None, None, None, mean, kept.var)
     rest = stand_in(gradient) or 0.0
-    own_part = fraction if rest == 0 else None if rest == 1 else torch.lerp(fraction, torch.ones_like(fraction), rest)
+    own_part = None
+    if has_fraction(gradient):
+        own_part = fraction if rest == 0 else fraction + rest * (1 - fraction)
     if conv is None or not has_slopes(gradient, conv.weight):
         return StatisticsGradient(own_part, None, None, None, None)
     drop_inf_and_nan(kept)

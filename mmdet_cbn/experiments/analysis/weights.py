@@ -48,7 +48,7 @@ class WeightStateHook(Hook):
     def __init__(self, every: int = 50) -> None:
         self.every = check_int('WeightStateHook', 'every', every, at_least=1)
         self.states: list[WeightState] = []
-        self._convs: dict[str, nn.Conv2d] = {}
+        self._paired: set[str] = set()  # norms
         self._found: list[tuple[str, Tensor]] = []
         self._handles: list[RemovableHandle] = []
         self._records = False
@@ -65,8 +65,8 @@ class WeightStateHook(Hook):
 
         def pair(name: str) -> Any:
             def hook(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
-                if last and last[0][1] is args[0] and name not in self._convs:
-                    self._convs[name] = last[0][0]
+                if last and last[0][1] is args[0] and name not in self._paired:
+                    self._paired.add(name)
                     weight = last[0][0].weight
                     if weight.requires_grad:
                         weight.register_post_accumulate_grad_hook(lambda weight: self._look(name, weight))
