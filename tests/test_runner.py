@@ -12,6 +12,7 @@ from mmdet.models.backbones import ResNet
 from mmengine.evaluator import BaseMetric
 
 from mmdet_cbn import CBN
+from mmdet_cbn.old_torch import IS_BEFORE_2_8
 
 KINDS = pytest.mark.parametrize(
     'kind', [dict(), dict(order=0), dict(order=2), dict(samples=8), dict(gradient='window')], ids=str
@@ -155,3 +156,33 @@ def test_a_jump_of_the_learning_rate_leaves_it_finite_and_the_log_tells_where_eq
     assert max(invalid[:2]) == 0 and 0.05 < min(invalid[2:]) < 1
     log = next(tmp_path.glob('*/*.log')).read_text()
     assert log.count(f'cbn/norm/invalid: {invalid[2]:.4f}') >= 1
+
+
+@pytest.mark.parametrize('compiled', [False, True], ids=['eager', 'compiled'])
+def test_the_radial_part_of_the_gradient_is_that_of_the_convolutions_whole_gradient(compiled):
+    torch.manual_seed(0)
+    conv, norm = model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), CBN(4, window_size=3))
+    norm.diagnose = True
+    call = torch.compile(model, backend='aot_eager') if compiled and not IS_BEFORE_2_8 else model
+    found, weight = [], conv.weight
+    for step in range(8):
+        if step == 4:
+            assert norm.diagnosis().radial == pytest.approx(torch.stack(found).mean().item(), rel=1e-5)
+            found.clear()
+        weight.grad = None
+        call(torch.randn(2, 3, 6, 6)).pow(3).mean().backward()
+        found.append(torch.cosine_similarity(weight.flatten(1), weight.grad.flatten(1)).mean())
+    assert copy.deepcopy(norm).diagnosis() is None, 'a copy begins to count'
+    norm.diagnose = False
+    weight.grad = torch.full_like(weight, torch.nan)
+    call(torch.randn(2, 3, 6, 6)).pow(3).mean().backward()
+    assert norm.diagnosis().radial == pytest.approx(torch.stack(found).mean().item(), rel=1e-5)
+
+
+def test_a_frozen_convolution_has_no_radial_part(tmp_path):
+    model = Net(CBN(4, window_size=3))
+    model.conv.weight.requires_grad_(False)
+    runner = runner_for(tmp_path, model, dict(type='CBNBurnInHook', burn_in_epochs=0, diagnostics=True))
+    runner.train()
+    names = [name for name in runner.message_hub.log_scalars if name.startswith('train/cbn/norm/')]
+    assert sorted(name.rpartition('/')[2] for name in names) == ['correction', 'invalid', 'window_length']

@@ -47,8 +47,8 @@ class CBNBurnInHook(Hook):
             process saves its own windows when it saves the checkpoint. If only one process saves it, or if the run
             dies just then, the windows of the others fill anew.
         diagnostics: Whether to log, every 50 iterations, what :meth:`CBN.diagnosis` of each layer returns:
-            ``cbn/<layer>/window_length``, ``cbn/<layer>/correction`` and ``cbn/<layer>/invalid``. They go where
-            mmengine's log goes, e.g. TensorBoard or WandB.
+            ``cbn/<layer>/window_length``, ``correction``, ``invalid`` and ``radial``. They go where mmengine's log
+            goes, e.g. TensorBoard or WandB.
 
     Raises:
         TypeError: A length is not an int, or ``save_window`` or ``diagnostics`` is not a bool.
@@ -167,7 +167,7 @@ class CBNBurnInHook(Hook):
             diagnosis = layer.diagnosis()
             if diagnosis is not None:
                 runner.message_hub.update_scalars(
-                    {f'train/cbn/{name}/{key}': value for key, value in diagnosis._asdict().items()}
+                    {f'train/cbn/{name}/{key}': v for key, v in diagnosis._asdict().items() if v is not None}
                 )
 
     def _warn_of_bad_batches(self, runner: Runner) -> None:

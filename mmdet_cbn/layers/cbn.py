@@ -441,7 +441,7 @@ class CBN(nn.BatchNorm2d):
         super()._apply(fn, recurse)
         self.forget_window()  # the window stays behind on a move to another device or precision
         self._bad_batches = fn(self._bad_batches).zero_()
-        self._recorder = DiagnosisRecorder()
+        self._recorder.forget()
         return self
 
     def _load_from_state_dict(self, *args: Any) -> None:

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from .step import WindowStep
 
@@ -14,6 +15,18 @@ class Diagnosis(NamedTuple):
     window_length: int  #: over how many iterations the last training forward averaged
     correction: float  #: mean distance that compensation moved the old means, in sigma of the current batch
     invalid: float  #: share of the old variances, from 0 to 1, that the maximum of Eq. 10 kept from being negative
+    radial: float | None  #: mean of :func:`radial_part` of the convolution; None if its weight has no gradient
+
+
+@torch.no_grad()
+def radial_part(weight: Tensor) -> Tensor:
+    """The cosine of the angle between the weight theta_j of each channel and its gradient, [C_out].
+
+    It is 0 with BatchNorm, whose output does not depend on the length of theta_j. Otherwise a step of gradient descent
+    makes theta_j shorter (> 0) or longer (< 0).
+    """
+    assert weight.grad is not None
+    return torch.cosine_similarity(weight.flatten(1), weight.grad.flatten(1), dim=1)
 
 
 class DiagnosisRecorder:
@@ -21,9 +34,14 @@ class DiagnosisRecorder:
 
     def __init__(self) -> None:
         self._sums: Tensor | None = None
+        self._radial: Tensor | None = None  # sum and count
+        self._handles: dict[Tensor, RemovableHandle] = {}  # of the convolutions' weights
+        self._is_due = False  # the backward pass of a recorded step is to come
 
     def __call__(self, layer: Any, step: WindowStep) -> None:
         """Record a step. A hook of :meth:`CBN.register_step_hook`."""
+        self._watch_gradient(step)
+        self._is_due = True
         if step.past is None:
             return
         correction = (step.past[0] - step.old.mean).abs() / (step.var + layer.eps).sqrt()
@@ -39,8 +57,33 @@ class DiagnosisRecorder:
         if self._sums is None:
             return None
         correction, invalid, steps = self._sums.tolist()
-        self._sums = None
-        return Diagnosis(window_length, correction / steps, invalid / steps)
+        radial = None
+        if self._radial is not None:
+            total, count = self._radial.tolist()
+            radial = total / count if count else None
+        self._sums = self._radial = None
+        return Diagnosis(window_length, correction / steps, invalid / steps, radial)
+
+    def forget(self) -> None:
+        """Begin to count anew."""
+        for handle in self._handles.values():
+            handle.remove()
+        self.__dict__.update(DiagnosisRecorder().__dict__)
+
+    def _watch_gradient(self, step: WindowStep) -> None:
+        module = None if step.conv is None else step.conv.module
+        if module is not None and module.weight.requires_grad and module.weight not in self._handles:
+            hook = module.weight.register_post_accumulate_grad_hook(self._record_gradient)
+            self._handles[module.weight] = hook
+
+    def _record_gradient(self, weight: Tensor) -> None:
+        if not self._is_due:
+            return
+        self._is_due = False
+        radial = radial_part(weight)
+        finite = radial.isfinite()  # a step that GradScaler skips is not
+        sums = torch.stack([radial.where(finite, 0).sum(), finite.sum()])
+        self._radial = sums if self._radial is None else self._radial + sums
 
     def __getstate__(self) -> dict[str, Any]:
-        return {'_sums': None}  # a copy begins to count
+        return DiagnosisRecorder().__dict__  # a copy begins to count

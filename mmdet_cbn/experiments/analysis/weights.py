@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ...arguments import check_int
+from ...layers.diagnosis import radial_part
 
 
 class WeightState(NamedTuple):
@@ -98,9 +99,8 @@ class WeightStateHook(Hook):
     def _look(self, name: str, weight: Tensor) -> None:
         if not self._records or weight.grad is None:
             return
-        theta, gradient = weight.flatten(1), weight.grad.flatten(1)
-        radial = torch.cosine_similarity(theta, gradient, dim=1)
+        radial = radial_part(weight)
         norm = self._norms[name]
         offset = norm.running_mean.abs() / (norm.running_var + norm.eps).sqrt()  # type: ignore[union-attr, operator]
-        numbers = [theta.norm(dim=1).mean(), radial.mean(), radial.abs().mean(), offset.mean()]
+        numbers = [weight.flatten(1).norm(dim=1).mean(), radial.mean(), radial.abs().mean(), offset.mean()]
         self._found.append((name, torch.stack(numbers)))
