@@ -5,10 +5,12 @@ theta_j. With a window this holds only as far as the gradient goes through the w
 """
 
 import csv
+from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from matplotlib.figure import Figure
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
@@ -35,9 +37,10 @@ class WeightStateHook(Hook):
 
     Args:
         every: Iterations from one record to the next.
+        out: CSV file to write after training; None for ``weights.csv`` in the work_dir.
 
     Attributes:
-        states (list[WeightState]): What was found. Also written to ``weights.csv`` in the work_dir after training.
+        states (list[WeightState]): What was found.
 
     Raises:
         TypeError: ``every`` is not an int.
@@ -46,8 +49,9 @@ class WeightStateHook(Hook):
 
     priority = 'LOW'
 
-    def __init__(self, every: int = 50) -> None:
+    def __init__(self, every: int = 50, out: str | Path | None = None) -> None:
         self.every = check_int('WeightStateHook', 'every', every, at_least=1)
+        self.out = out
         self.states: list[WeightState] = []
         self._paired: set[str] = set()  # norms
         self._found: list[tuple[str, Tensor]] = []
@@ -90,8 +94,10 @@ class WeightStateHook(Hook):
         self._found.clear()
 
     def after_train(self, runner: Runner) -> None:
-        with open(Path(runner.work_dir) / 'weights.csv', 'w', newline='') as stream:
-            writer = csv.writer(stream)
+        out = Path(self.out or Path(runner.work_dir) / 'weights.csv')
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with open(out, 'w', newline='', encoding='utf-8') as stream:
+            writer = csv.writer(stream, lineterminator='\n')
             writer.writerow(WeightState._fields)
             writer.writerows(self.states)
 
@@ -104,3 +110,40 @@ class WeightStateHook(Hook):
         offset = norm.running_mean.abs() / (norm.running_var + norm.eps).sqrt()  # type: ignore[union-attr, operator]
         numbers = [weight.flatten(1).norm(dim=1).mean(), radial.mean(), radial.abs().mean(), offset.mean()]
         self._found.append((name, torch.stack(numbers)))
+
+
+_PANELS = {
+    'norm': r'length of $\theta_j$, from the first record',
+    'radial': r'radial part of the gradient: $\cos(\theta_j, g_j)$',
+    'size_of_radial': 'its absolute value',
+    'offset': r'$|\mu_j| / \sigma_j$, running statistics',
+}
+
+
+def read_states(file: Path) -> list[WeightState]:
+    """What :class:`WeightStateHook` wrote."""
+    with open(file, newline='', encoding='utf-8') as stream:
+        rows = list(csv.reader(stream))[1:]
+    return [WeightState(int(row[0]), row[1], *map(float, row[2:])) for row in rows]
+
+
+def plot_weights(states: dict[str, list[WeightState]]) -> Figure:
+    """The four numbers over the training, each the mean over the layers, with a line for each training."""
+    figure = Figure(figsize=(10, 7), layout='constrained')
+    panels: Any = figure.subplots(2, 2)
+    for (field, title), axes in zip(_PANELS.items(), panels.flat, strict=True):
+        for name, records in states.items():
+            of_iteration = defaultdict(list)
+            first: dict[str, float] = {}
+            for state in records:
+                value = getattr(state, field)
+                if field == 'norm':
+                    value /= first.setdefault(state.layer, value)
+                of_iteration[state.iteration].append(value)
+            axes.plot(list(of_iteration), [sum(v) / len(v) for v in of_iteration.values()], label=name)
+        axes.set_title(title, fontsize='medium')
+        axes.grid(alpha=0.3)
+    for axes in panels[1]:
+        axes.set_xlabel('iterations')
+    panels[0][0].legend(fontsize='small')
+    return figure

@@ -1,0 +1,56 @@
+"""How the weights before normalizers grow in training, and which part of their gradient only makes them longer.
+
+    python tools/analyze_weights.py configs/study/retinanet_r18_fpn_bn_varied.py --name BN --out work_dirs/weights
+    python tools/analyze_weights.py configs/study/retinanet_r18_fpn_cbn_varied.py --name CBN --out work_dirs/weights
+
+Each call trains a config, without evaluation and checkpoints, and writes NAME.csv into DIR. Then it draws all CSV files
+there into weights.png. Without CONFIG it only draws.
+"""
+
+import argparse
+from pathlib import Path
+
+from mmengine.config import Config, DictAction
+from mmengine.runner import Runner
+
+from mmdet_cbn.experiments.analysis.weights import WeightStateHook, plot_weights, read_states
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config', nargs='?', type=Path, metavar='CONFIG')
+    parser.add_argument('--name', help='in the plot (default: the name of CONFIG)')
+    parser.add_argument('--out', type=Path, required=True, metavar='DIR', help='folder to write to')
+    parser.add_argument('--every', type=int, default=50, help='iterations between records (default: %(default)s)')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='KEY=VALUE, merged into the config')
+    args = parser.parse_args()
+    if args.config:
+        train(parser, args)
+    files = sorted(args.out.glob('*.csv'))
+    if not files:
+        parser.error(f'--out {args.out} has no CSV files; give a CONFIG to train')
+    plot_weights({file.stem: read_states(file) for file in files}).savefig(args.out / 'weights.png', dpi=100)
+
+
+def train(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Train the config and write the states of its weights."""
+    if not args.config.is_file():
+        parser.error(f'CONFIG must be a file, got {args.config}')
+    try:
+        hook = WeightStateHook(args.every, args.out / f'{args.name or args.config.stem}.csv')
+    except (TypeError, ValueError) as error:
+        parser.error(str(error))
+    config = Config.fromfile(args.config)
+    config.merge_from_dict(args.cfg_options or {})
+    config.work_dir = str(args.out / 'logs')
+    config.default_hooks.checkpoint = None
+    for split in ('val', 'test'):
+        for key in ('dataloader', 'cfg', 'evaluator'):
+            config[f'{split}_{key}'] = None
+    runner = Runner.from_cfg(config)
+    runner.register_hook(hook)
+    runner.train()
+
+
+if __name__ == '__main__':
+    main()
