@@ -4,7 +4,7 @@ For the study of small batches, on two CPU cores. 1 image a step; norm_cfg stand
 """
 
 _base_ = [
-    'mmdet::_base_/models/retinanet_r50_fpn.py',
+    './narrow_retinanet.py',
     'mmdet::_base_/datasets/coco_detection.py',
     'mmdet::_base_/default_runtime.py',
 ]
@@ -12,19 +12,7 @@ _base_ = [
 custom_imports = dict(imports=['mmdet_cbn'], allow_failed_imports=False)
 
 varied_classes = ('RBC', 'WBC', 'Platelets')
-varied_channels = 48
-model = dict(
-    backbone=dict(depth=18, base_channels=16, frozen_stages=-1, norm_eval=False, init_cfg=None),
-    neck=dict(in_channels=[16, 32, 64, 128], out_channels=varied_channels, num_outs=3),
-    bbox_head=dict(
-        num_classes=len(varied_classes),
-        in_channels=varied_channels,
-        feat_channels=varied_channels,
-        stacked_convs=1,
-        anchor_generator=dict(octave_base_scale=2.5, scales_per_octave=2, ratios=[1.0], strides=[8, 16, 32]),
-    ),
-    test_cfg=dict(nms_pre=300),
-)
+model = dict(bbox_head=dict(num_classes=len(varied_classes)))
 
 varied_root = '{{$VARIED_ROOT:data/varied}}'
 varied = dict(data_root=varied_root, metainfo=dict(classes=varied_classes))

@@ -1,17 +1,36 @@
-"""Our study of small batches as data: what is trained, on varied images (configs/_base_/varied.py), 8 epochs each.
+"""Our study of small batches as data: what is trained, on what, and with which optimizer.
 
-The setting was chosen by BN alone: with 1 or 2 images a step it is far below BN with 4 or 8.
+The varied images (configs/_base_/varied.py) were chosen by BN alone: with 1 or 2 images a step it is far below BN with
+4 or 8. The length and the learning rates of the trainings on photographs (configs/_base_/facemask.py) and with SGD were
+chosen by BN and GN alone.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from ...layers.gradient import GRADIENTS
+from ...layers.gradient import Gradient
 from ...window.ring import suggested_window_size
 from .tables import BOX, Row, Table
 
 METRICS = BOX[:5]  # there are few large objects
-_EPOCHS, _ITERS = 8, 1152  # of about one epoch with 1 image
+
+
+class _Training(NamedTuple):
+    """What is trained for how long, and how."""
+
+    model: str  #: begin of the config's name
+    data: str  #: end of the config's name
+    heads: tuple[str, ...]  #: parts of the model with the normalizer, besides backbone and neck
+    epochs: int
+    warmup: int  #: epochs
+    iters: int  #: of about one epoch with 1 image
+    burn_in: int  #: epochs, a quarter of the training, as in the paper
+    sgd: float | None = None  #: learning rate for each image with SGD; AdamW otherwise
+
+
+VARIED = _Training('retinanet_r18_fpn', 'varied', (), 8, 1, 1152, 2)
+FACEMASK = _Training('retinanet_r18_fpn', 'facemask', (), 32, 2, 660, 8)
+FASTER = FACEMASK._replace(model='faster-rcnn_r18_fpn', heads=('roi_head.bbox_head',))
 _METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     'BN': ('bn', {}),
     'GN': ('gn', {}),
@@ -23,6 +42,8 @@ _METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     'no drift': ('rerun', {}),
 }
 _BESIDE_BN = ('GN', 'BRN', 'Naive CBN', 'CBN', 'CBN, 64 samples')
+_ORDERS = ('CBN', 'CBN, 64 samples', 'CBN, order 2')
+_KINDS: tuple[Gradient, ...] = ('batch', 'weights', 0.25, 'window', 'projection')
 _WORDS = {'running_stats': 'of the', 'momentum': 'momentum', 'gradient': 'gradient'}
 
 
@@ -31,6 +52,7 @@ def _row(
     images: int,
     x: float,
     *,
+    on: _Training = VARIED,
     rate: float = 1,
     burn_in: int | None = None,
     whole: bool | None = None,
@@ -39,36 +61,54 @@ def _row(
     """A method with so many images a step, at ``x`` of its table.
 
     Args:
+        on: What is trained.
         rate: Factor of the learning rate.
         burn_in: Epochs, where they are others than the config's.
         whole: Whether, without drift, the gradient goes through the earlier images, too.
         **arguments: Of the normalizer.
     """
     name, of_method = _METHODS[method]
-    config = f'retinanet_r18_fpn_{name}_varied'
+    if burn_in == on.burn_in:
+        burn_in = None
     of_hook = {'burn_in': burn_in, 'whole': whole}
     changes = {**arguments, **({'lr': rate} if rate != 1 else {})}
     changes |= {key: value for key, value in of_hook.items() if value is not None}
     if method == 'BRN':
         # Of that paper's 130,000 steps, the limits grow from 5,000 to 40,000 and 25,000.
         # Here they grow after the warm-up, to the middle of the training and before.
-        epoch = _ITERS // images
-        arguments = {'r_steps': (epoch, _EPOCHS // 2 * epoch), 'd_steps': (epoch, (_EPOCHS // 2 - 1) * epoch)}
+        first, middle, before = (
+            int(epochs * (on.iters // images)) for epochs in (on.warmup, on.epochs / 2, on.epochs * 3 / 8)
+        )
+        arguments = {'r_steps': (first, middle), 'd_steps': (first, before)}
     options = {
         'train_dataloader.batch_size': images,
-        # By the square root of the images, for the steps of Adam do not grow with the gradient.
-        'optim_wrapper.optimizer.lr': round(0.001 * images**0.5 * rate, 6),
+        **_optimizer(on, images, rate),
         **{
             f'model.{part}.norm_cfg.{key}': value
-            for part in ('backbone', 'neck')
+            for part in ('backbone', 'neck', *on.heads)
             for key, value in {**of_method, **arguments}.items()
         },
         **({} if burn_in is None else {'custom_hooks.0.burn_in_epochs': burn_in}),
         **({} if whole is None else {'custom_hooks.0.gradient': whole}),
     }
-    words = [method.lower().replace(', ', ' '), str(images), *(f'{key} {value}' for key, value in changes.items())]
+    sgd = [] if on.sgd is None else [f'sgd {on.sgd}']
+    words = [
+        method.lower().replace(', ', ' '),
+        str(images),
+        *sgd,
+        *(f'{key} {value}' for key, value in changes.items()),
+    ]
     label = ', '.join([method, *(f'{_WORDS[key]} {value}' for key, value in arguments.items() if key in _WORDS)])
+    config = f'{on.model}_{name}_{on.data}'
     return Row('-'.join(words).replace(' ', '-'), (label, x), config, {}, options, folder='study')
+
+
+def _optimizer(on: _Training, images: int, rate: float) -> dict[str, Any]:
+    if on.sgd is None:
+        # By the square root of the images, for the steps of Adam do not grow with the gradient.
+        return {'optim_wrapper.optimizer.lr': round(0.001 * images**0.5 * rate, 6)}
+    optimizer = {'type': 'SGD', 'lr': round(on.sgd * images * rate, 6), 'momentum': 0.9, 'weight_decay': 0.0001}
+    return {f'optim_wrapper.optimizer.{key}': value for key, value in optimizer.items()}
 
 
 def _table(name: str, title: str, x: str, *rows: Row) -> Table:
@@ -88,14 +128,27 @@ def _series(method: str, images: int, argument: str, values: Sequence[float]) ->
     return [_of(images, _row(method, images, x, **each)) for x, each in zip(values, varied, strict=True)]
 
 
-def _burnt_in(method: str, images: int, burn_in: int, **arguments: Any) -> Row:
+def _burnt_in(method: str, images: int, burn_in: int, on: _Training = VARIED, **arguments: Any) -> Row:
     """A row whose label has the burn-in, and what its own arguments are."""
-    # The gradient that CBN has by default, and the config's burn-in, are those of IMAGES.
+    # The gradient of the configs, the authors', is that of IMAGES.
     varied = {key: value for key, value in arguments.items() if value != 'batch'}
-    row = _row(method, images, images, burn_in=None if burn_in == 2 else burn_in, **varied)
+    row = _row(method, images, images, on=on, burn_in=burn_in, **varied)
     words = [f'gradient {value}' if key == 'gradient' else 'whole gradient' * value for key, value in arguments.items()]
     label = ', '.join([method, *filter(None, words), f'burn-in {burn_in}'])
     return row._replace(labels=(label, images))
+
+
+def _gradients(on: _Training, kinds: Sequence[tuple[Gradient, int]], images: Sequence[int] = (1, 2, 4)) -> list[Row]:
+    """Kinds of gradient, each with a burn-in, beside other normalizers."""
+    return [
+        *(_row(method, each, each, on=on) for method in ('BN', 'GN', 'BRN') for each in images),
+        *(_burnt_in('CBN', each, burn_in, on, gradient=kind) for kind, burn_in in kinds for each in images),
+    ]
+
+
+def _on_photographs(on: _Training) -> list[Row]:
+    kinds: list[tuple[Gradient, int]] = [('batch', on.burn_in), ('weights', on.burn_in), (0.25, on.burn_in), (0.25, 0)]
+    return _gradients(on, kinds, images=(1, 4))
 
 
 IMAGES = _table(
@@ -120,9 +173,9 @@ BURN_IN = _table(
     'Burn-in, of 8 epochs (8: BN)',
     'epochs of burn-in',
     *_series('CBN', 1, 'burn_in', (0, 2, 4, 7)),
-    _of(1, _row('BN', 1, _EPOCHS)),
+    _of(1, _row('BN', 1, VARIED.epochs)),
     *_series('CBN', 4, 'burn_in', (0, 2, 4)),
-    _of(4, _row('BN', 4, _EPOCHS)),
+    _of(4, _row('BN', 4, VARIED.epochs)),
 )
 RATE = _table(
     'rate',
@@ -145,13 +198,38 @@ GRADIENT = _table(
     'gradient',
     'The gradient of the window, with and without burn-in',
     'images per step',
-    *(_row(method, images, images) for method in ('BN', 'GN', 'BRN') for images in (1, 2, 4)),
-    *(
-        _burnt_in('CBN', images, burn_in, gradient=gradient)
-        for gradient in (*GRADIENTS, 0.25, 0.5)
-        for burn_in in (0, 2)
-        for images in (1, 2, 4)
-    ),
-    *(_burnt_in('no drift', 4, burn_in, whole=whole) for whole in (False, True) for burn_in in (0, 2)),
+    *_gradients(VARIED, [(kind, burn_in) for kind in _KINDS for burn_in in (0, VARIED.burn_in)]),
+    *(_burnt_in('no drift', 4, 0, whole=whole) for whole in (False, True)),
 )
-STUDY = (IMAGES, WINDOW, BURN_IN, RATE, RUNNING, GRADIENT)
+ORDER = _table(
+    'order',
+    'Order of the compensation, with a quarter of the gradient of earlier iterations',
+    'images per step',
+    *(
+        _burnt_in(method, images, burn_in, gradient=gradient)
+        for method, gradient in (('Naive CBN', 'batch'), ('Naive CBN', 'projection'), *((m, 0.25) for m in _ORDERS))
+        for burn_in in (0, 2)
+        for images in (1, 4)
+    ),
+)
+PHOTOGRAPHS = _table(
+    'facemask',
+    'Photographs: RetinaNet',
+    'images per step',
+    *_on_photographs(FACEMASK),
+)
+PHOTOGRAPHS_FASTER = _table(
+    'facemask-faster-rcnn',
+    'Photographs: Faster R-CNN with a 4conv1fc head',
+    'images per step',
+    *_on_photographs(FASTER),
+)
+PHOTOGRAPHS_SGD = _table(
+    'facemask-sgd',
+    'Photographs: RetinaNet with SGD',
+    'images per step',
+    *_on_photographs(FACEMASK._replace(sgd=0.01)),
+)
+STUDY = (
+    IMAGES, WINDOW, BURN_IN, RATE, RUNNING, GRADIENT, ORDER, PHOTOGRAPHS, PHOTOGRAPHS_FASTER, PHOTOGRAPHS_SGD
+)  # fmt: skip
