@@ -16,7 +16,19 @@ from mmdet_cbn.experiments.analysis.gradients import GradientRatioHook
 from mmdet_cbn.experiments.paper.logs import Run, collect, find_runs, settings_of, store_runs
 from mmdet_cbn.experiments.paper.report import markdown, plot_figure, write_report
 from mmdet_cbn.experiments.paper.runs import Setting, Trial, load, trials_of
-from mmdet_cbn.experiments.paper.study import BURN_IN, GRADIENT, IMAGES, RATE, RUNNING, STUDY, WINDOW
+from mmdet_cbn.experiments.paper.study import (
+    BURN_IN,
+    GRADIENT,
+    IMAGES,
+    ORDER,
+    PHOTOGRAPHS,
+    PHOTOGRAPHS_FASTER,
+    PHOTOGRAPHS_SGD,
+    RATE,
+    RUNNING,
+    STUDY,
+    WINDOW,
+)
 from mmdet_cbn.window.ring import suggested_window_size
 
 CONFIGS = ROOT / 'configs'
@@ -87,20 +99,42 @@ def test_each_table_varies_what_it_says():
         assert norm.get('momentum', 0.1) == (0.01 if 'momentum 0.01' in row.labels[0] else 0.1)
 
 
-def test_the_table_of_gradients_varies_gradient_and_burn_in_alone():
-    reference = settings_of(config_of(row_of(GRADIENT, 'CBN, gradient batch, burn-in 2', 4)))
-    for row in GRADIENT.rows:
+@pytest.mark.parametrize(
+    'table', [GRADIENT, ORDER, PHOTOGRAPHS, PHOTOGRAPHS_FASTER, PHOTOGRAPHS_SGD], ids=lambda table: table.name
+)
+def test_gradients_are_compared_with_all_else_equal(table):
+    batch = next(row for row in table.rows if 'gradient batch' in row.labels[0] and row.labels[1] == 4)
+    reference = settings_of(config_of(batch))
+    for row in table.rows:
         method, images = row.labels
         config = config_of(row)
         if 'burn-in' in method:
-            assert config.custom_hooks[0].burn_in_epochs == int(method[-1])
-        if method.startswith('CBN'):
-            assert method.split(', ')[1] == f'gradient {config.model.neck.norm_cfg.get("gradient", "batch")}'
+            assert config.custom_hooks[0].burn_in_epochs == int(method.rpartition(' ')[2])
+        if 'gradient' in method and 'CBN' in method:
+            assert f'gradient {config.model.neck.norm_cfg.get("gradient", "batch")}' in method
         if method.startswith('no drift'):
             assert config.custom_hooks[0].gradient == ('whole gradient' in method)
+        norms = {json.dumps(norm, sort_keys=True) for norm in norms_of(config)}
+        assert len(norms) == 1
         if images == 4:
             changed = {key for key, value in settings_of(config).items() if reference.get(key) != value}
-            assert all('norm_cfg' in key or key.startswith('custom_') for key in changed)
+            changed -= {key for key in changed if 'norm_cfg' in key or key.startswith('custom_')}
+            if 'as many updates' in method:
+                short = config_of(next(row for row in table.rows if row.labels == ('BN', 4)))
+                iters = [each.train_cfg.max_epochs / images_of(row) for each, row in ((config, row), (short, batch))]
+                assert iters[0] == iters[1] and images_of(row) == 16
+                ends = [
+                    [schedule.end / c.train_cfg.max_epochs for schedule in c.param_scheduler] for c in (config, short)
+                ]
+                assert ends[0] == ends[1]
+            else:
+                assert not changed
+
+
+def norms_of(config):
+    parts = [config.model.backbone, config.model.neck]
+    parts += [config.model.roi_head.bbox_head] if 'roi_head' in config.model else []
+    return [part.norm_cfg for part in parts]
 
 
 @pytest.mark.slow

@@ -104,7 +104,7 @@ class Trial:
     def last_checkpoint(self) -> Path:
         """Path of the last epoch's checkpoint, which may not exist yet."""
         config = load(self.config).copy()
-        config.merge_from_dict(dict(option.split('=', 1) for option in self.setting.options))
+        config.merge_from_dict(dict(option.split('=', 1) for option in self.options))
         return self.work_dir / f'epoch_{config.train_cfg.max_epochs}.pth'
 
     def mend_pointer(self) -> None:

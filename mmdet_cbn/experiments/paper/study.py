@@ -33,6 +33,7 @@ FACEMASK = _Training('retinanet_r18_fpn', 'facemask', (), 32, 2, 660, 8)
 FASTER = FACEMASK._replace(model='faster-rcnn_r18_fpn', heads=('roi_head.bbox_head',))
 _METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     'BN': ('bn', {}),
+    'BN, population statistics': ('bn-population', {}),
     'GN': ('gn', {}),
     'BRN': ('brn', {}),
     'Naive CBN': ('cbn', {'order': 0}),
@@ -43,6 +44,7 @@ _METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 _BESIDE_BN = ('GN', 'BRN', 'Naive CBN', 'CBN', 'CBN, 64 samples')
 _ORDERS = ('CBN', 'CBN, 64 samples', 'CBN, order 2')
+_BESIDE_CBN = ('BN', 'BN, population statistics', 'GN', 'BRN')
 _KINDS: tuple[Gradient, ...] = ('batch', 'weights', 0.25, 'window', 'projection')
 _WORDS = {'running_stats': 'of the', 'momentum': 'momentum', 'gradient': 'gradient'}
 
@@ -56,6 +58,7 @@ def _row(
     rate: float = 1,
     burn_in: int | None = None,
     whole: bool | None = None,
+    updates_of: int | None = None,
     **arguments: Any,
 ) -> Row:
     """A method with so many images a step, at ``x`` of its table.
@@ -65,12 +68,13 @@ def _row(
         rate: Factor of the learning rate.
         burn_in: Epochs, where they are others than the config's.
         whole: Whether, without drift, the gradient goes through the earlier images, too.
+        updates_of: Images per step of the training that has as many updates, where it is another.
         **arguments: Of the normalizer.
     """
     name, of_method = _METHODS[method]
     if burn_in == on.burn_in:
         burn_in = None
-    of_hook = {'burn_in': burn_in, 'whole': whole}
+    of_hook = {'burn_in': burn_in, 'whole': whole, 'updates_of': updates_of}
     changes = {**arguments, **({'lr': rate} if rate != 1 else {})}
     changes |= {key: value for key, value in of_hook.items() if value is not None}
     if method == 'BRN':
@@ -90,6 +94,7 @@ def _row(
         },
         **({} if burn_in is None else {'custom_hooks.0.burn_in_epochs': burn_in}),
         **({} if whole is None else {'custom_hooks.0.gradient': whole}),
+        **({} if updates_of is None else _longer(on, images // updates_of)),
     }
     sgd = [] if on.sgd is None else [f'sgd {on.sgd}']
     words = [
@@ -109,6 +114,19 @@ def _optimizer(on: _Training, images: int, rate: float) -> dict[str, Any]:
         return {'optim_wrapper.optimizer.lr': round(0.001 * images**0.5 * rate, 6)}
     optimizer = {'type': 'SGD', 'lr': round(on.sgd * images * rate, 6), 'momentum': 0.9, 'weight_decay': 0.0001}
     return {f'optim_wrapper.optimizer.{key}': value for key, value in optimizer.items()}
+
+
+def _longer(on: _Training, times: int) -> dict[str, Any]:
+    """A training of so many times the epochs."""
+    warmup, epochs = on.warmup * times, on.epochs * times
+    return {
+        'train_cfg.max_epochs': epochs,
+        'train_cfg.val_interval': epochs // 4,
+        'param_scheduler.0.end': warmup,
+        'param_scheduler.1.begin': warmup,
+        'param_scheduler.1.end': epochs,
+        'param_scheduler.1.T_max': epochs - warmup,
+    }
 
 
 def _table(name: str, title: str, x: str, *rows: Row) -> Table:
@@ -141,7 +159,8 @@ def _burnt_in(method: str, images: int, burn_in: int, on: _Training = VARIED, **
 def _gradients(on: _Training, kinds: Sequence[tuple[Gradient, int]], images: Sequence[int] = (1, 2, 4)) -> list[Row]:
     """Kinds of gradient, each with a burn-in, beside other normalizers."""
     return [
-        *(_row(method, each, each, on=on) for method in ('BN', 'GN', 'BRN') for each in images),
+        *(_row(method, each, each, on=on) for method in _BESIDE_CBN for each in images),
+        _row('BN', 16, 4, on=on, updates_of=4)._replace(labels=('BN of 16 images, as many updates', 4)),
         *(_burnt_in('CBN', each, burn_in, on, gradient=kind) for kind, burn_in in kinds for each in images),
     ]
 
