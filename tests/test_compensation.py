@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from mmdet_cbn.compensation import make_compensation
+from mmdet_cbn.compensation.patches import weighted_patches
 from mmdet_cbn.layers.statistics import batch_statistics
 from mmdet_cbn.pairing import ConvCall
 
@@ -27,8 +28,13 @@ def test_the_gradient_in_the_weight_is_autograds(order, samples, groups, has_var
     call = ConvCall.of(conv, inputs)
     past = compensation.under_current_weights(old, call)
     assert past[1][0, 3] == 0
-    gradients = [torch.randn_like(past[0]), torch.randn_like(past[1]) if has_var_gradient else None]
-    expected = torch.autograd.grad(past[: 1 + has_var_gradient], conv.weight, gradients[: 1 + has_var_gradient])
+    gradients = torch.randn_like(past[0]), torch.randn_like(past[1]) * has_var_gradient
+    expected = torch.autograd.grad(past, conv.weight, gradients)
     with torch.no_grad():
-        actual = compensation.weight_gradient(old, past, call, *gradients)
+        before = torch.randn_like(conv.weight)
+        slopes = compensation.weight_slopes(old, past, call, gradients[1], before.clone())
+        factors = gradients[0] if slopes.factor is None else gradients[0] + gradients[1] * slopes.factor
+        actual = slopes.var_slope - before + weighted_patches(factors, slopes.patches, conv.weight.shape)
+        new = compensation.weight_slopes(old, past, call, gradients[1])
     torch.testing.assert_close((actual,), expected)
+    torch.testing.assert_close(new.var_slope, slopes.var_slope - before)

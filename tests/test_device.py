@@ -38,7 +38,7 @@ def to_cuda(module, mode, device=DEVICE):
 class Context(SimpleNamespace):
     """Stands for autograd's: a torch without CUDA can compute with fake CUDA tensors, but not record them."""
 
-    needs_input_grad = (True,) * 5 + (False,) * 9
+    needs_input_grad = (True,) * 5 + (False,) * 10
 
     def save_for_backward(self, *tensors):
         self.saved_tensors = tensors
@@ -75,7 +75,7 @@ def test_training_never_waits_for_the_device(kind, momentum, bias, dtype, monkey
             gradients = WindowNorm.backward(contexts[-1], fake(torch.empty(y.shape, dtype=dtype)))
             assert y.dtype == gradients[0].dtype == dtype
             weight = conv.weight.shape if norm.gradient in ('weights', 'window', 0.25) else None
-            shapes = [y.shape, *[(4,)] * 3, weight, *[None] * 9]
+            shapes = [y.shape, *[(4,)] * 3, weight, *[None] * 10]
             assert [None if g is None else g.shape for g in gradients] == shapes
             assert norm.window_length == min(step + 1, 3)
             made = [tensor for tensor in gradients if tensor is not None]

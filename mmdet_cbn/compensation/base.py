@@ -17,6 +17,20 @@ from torch import Tensor
 from ..pairing import ConvCall
 
 
+class WeightSlopes(NamedTuple):
+    """How mu' and var' of n earlier iterations tau depend on theta_t, for each output channel j.
+
+    ::
+
+        dmu'_tau / dtheta_j                      = p_tau
+        sum over tau of share dvar'_tau/dtheta_j = var_slope_j + sum over tau of share factor p_tau
+    """
+
+    var_slope: Tensor  #: [C_out, C_in / groups, kh, kw]
+    patches: Tensor  #: p_tau, the mean patch, [n, C_in, kh, kw]
+    factor: Tensor | None  #: [n, C_out]; None for 0
+
+
 class Compensation(ABC):
     """One kind of compensation, for one layer.
 
@@ -57,25 +71,17 @@ class Compensation(ABC):
             [n, C] each. None if ``old`` belongs to a convolution of another shape.
         """
 
-    def weight_gradient(
-        self,
-        old: Any,
-        past: tuple[Tensor, Tensor],
-        conv: ConvCall,
-        mean_gradient: Tensor,
-        var_gradient: Tensor | None,
-    ) -> Tensor:
-        """The gradient in theta_t of a function of mu' and var' (the chain rule through Eq. 7, 8 and 10).
+    def weight_slopes(
+        self, old: Any, past: tuple[Tensor, Tensor], conv: ConvCall, share: Tensor, var_slope: Tensor | None = None
+    ) -> WeightSlopes:
+        """How mu' and var' depend on theta_t (the derivatives of Eq. 7, 8 and 10).
 
         Args:
             old: As for :meth:`under_current_weights`.
             past: What that method returned, [n, C] each.
             conv: As for that method.
-            mean_gradient: The function's gradient in mu', [n, C].
-            var_gradient: The function's gradient in var', [n, C]; None for 0.
-
-        Returns:
-            [C_out, C_in / groups, kh, kw], in the precision of the statistics.
+            share: Of each iteration in the sum over var', [n, C].
+            var_slope: The result's ``var_slope`` is added to it. None to make a new one.
         """
         raise NotImplementedError(f'the statistics of {type(self).__name__} do not depend on the current weights')
 

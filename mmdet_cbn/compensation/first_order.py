@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 from ..pairing import ConvCall
-from .base import Compensation, are_of_channels
-from .patches import dot_mean_grad, mean_patch, weighted_patches
+from .base import Compensation, WeightSlopes, are_of_channels
+from .patches import dot_mean_grad, mean_patch
 
 
 class CompensatedStatistics(NamedTuple):
@@ -52,22 +52,22 @@ class FirstOrder(Compensation):
         fits = old.var_grad.shape[1:] == conv.weight.shape
         return compensate(old, conv.weight, conv.groups) if fits else None
 
-    def weight_gradient(
+    def weight_slopes(
         self,
         old: CompensatedStatistics,
         past: tuple[Tensor, Tensor],
         conv: ConvCall,
-        mean_gradient: Tensor,
-        var_gradient: Tensor | None,
-    ) -> Tensor:
-        if var_gradient is None:
-            return weighted_patches(mean_gradient, old.mean_grad, conv)
+        share: Tensor,
+        var_slope: Tensor | None = None,
+    ) -> WeightSlopes:
         # var' = var + c - a^2, but for the maximum of Eq. 10
         is_positive = past[1] > 0
-        var_gradient = var_gradient.where(is_positive, 0)
-        mean_gradient = mean_gradient - (2 * (past[0] - old.mean) * var_gradient).where(is_positive, 0)
-        by_var = torch.bmm(var_gradient.T.unsqueeze(1), old.var_grad.flatten(2).transpose(0, 1))
-        return by_var.view(conv.weight.shape) + weighted_patches(mean_gradient, old.mean_grad, conv)
+        var_share = share.where(is_positive, 0).view(*share.shape, 1, 1, 1)
+        # A batched matrix product is the same, and far slower on the CPU.
+        for share_of_one, var_grad in zip(var_share, old.var_grad, strict=True):
+            var_slope = share_of_one * var_grad if var_slope is None else var_slope.addcmul_(share_of_one, var_grad)
+        assert var_slope is not None
+        return WeightSlopes(var_slope, old.mean_grad, (-2 * (past[0] - old.mean)).where(is_positive, 0))
 
     def could_keep(self, old: Any, num_features: int) -> bool:
         return (

@@ -40,17 +40,17 @@ def dot_mean_grad(mean_grad: Tensor, theta: Tensor, groups: int) -> Tensor:
     return torch.linalg.vecdot(mean_grad.reshape(len(mean_grad), groups, 1, -1), by_group).flatten(1)
 
 
-def weighted_patches(factors: Tensor, patches: Tensor, conv: ConvCall) -> Tensor:
+def weighted_patches(factors: Tensor, patches: Tensor, shape: torch.Size) -> Tensor:
     """The sum of n patches, or mean patches, each times a factor for each output channel, like the weight.
 
     Args:
         factors: [n, C_out].
         patches: [n, C_in, kh, kw] or [n, C_in * kh * kw].
-        conv: The call, for the shape of the weight and the groups.
+        shape: Of the weight, [C_out, C_in / groups, kh, kw].
     """
-    by_group = factors.unflatten(1, (conv.groups, -1)).permute(1, 2, 0)
-    sums = torch.bmm(by_group, patches.flatten(1).unflatten(1, (conv.groups, -1)).transpose(0, 1))
-    return sums.reshape(conv.weight.shape)
+    by_group = patches.reshape(len(patches), -1, shape[1] * shape[2] * shape[3]).transpose(0, 1)
+    sums = torch.bmm(factors.unflatten(1, (len(by_group), -1)).permute(1, 2, 0), by_group)
+    return sums.reshape(shape)
 
 
 def all_patches(inputs: Tensor, x: Tensor, conv: ConvCall) -> Tensor:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..pairing import ConvCall
-from .base import Compensation, are_of_channels
-from .patches import all_patches, dot_mean_grad, mean_patch, weighted_patches
+from .base import Compensation, WeightSlopes, are_of_channels
+from .patches import all_patches, dot_mean_grad, mean_patch
 
 _NUMBERS_AT_ONCE = 2**24  # of all patches, which together can be too many for the memory
 
@@ -49,21 +49,19 @@ class SecondOrder(Compensation):
         var_change = _quadratic(old.covariance, theta) - old.var_product
         return old.mean + mean_change, (old.var + var_change).clamp_(min=0)
 
-    def weight_gradient(
+    def weight_slopes(
         self,
         old: SecondOrderStatistics,
         past: tuple[Tensor, Tensor],
         conv: ConvCall,
-        mean_gradient: Tensor,
-        var_gradient: Tensor | None,
-    ) -> Tensor:
-        by_mean = weighted_patches(mean_gradient, old.mean_grad, conv)
-        if var_gradient is None:
-            return by_mean
+        share: Tensor,
+        var_slope: Tensor | None = None,
+    ) -> WeightSlopes:
         theta = conv.weight.to(old.mean.dtype).reshape(1, conv.groups, -1, old.covariance.size(-1))
         # d(theta . Cov(p) theta) / dtheta = 2 Cov(p) theta
-        factors = 2 * var_gradient.where(past[1] > 0, 0).view(len(old.mean), conv.groups, -1, 1)
-        return by_mean + torch.matmul(factors * theta, old.covariance).sum(dim=0).view(conv.weight.shape)
+        factors = 2 * share.where(past[1] > 0, 0).view(len(old.mean), conv.groups, -1, 1)
+        slope = torch.matmul(factors * theta, old.covariance).sum(dim=0).view(conv.weight.shape)
+        return WeightSlopes(slope if var_slope is None else var_slope.add_(slope), old.mean_grad, None)
 
     def could_keep(self, old: Any, num_features: int) -> bool:
         return (

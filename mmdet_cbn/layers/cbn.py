@@ -186,7 +186,9 @@ class CBN(nn.BatchNorm2d):
         own_mean = mean if conv is None else conv.without_bias(mean)
         window = window_statistics(own_mean, var, past)  # Eq. 9 to 11
         kept = self.compensation.keep(x, mean, var, conv)
-        gradient = statistics_gradient(self.gradient, self.compensation, conv, mean, kept, old, past, window)
+        gradient = statistics_gradient(
+            self.gradient, int(self.window_size), self.compensation, conv, mean, kept, old, past, window
+        )
         biased_mean = window[0] if conv is None else conv.with_bias(window[0])
         step = WindowStep(x, conv, mean, var, old, past, window[0], biased_mean, *window[1:], gradient)
         self._observe(step)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..old_torch import custom_op, is_compiling
-from .gradient import StatisticsGradient, has_fraction, has_slopes
+from .gradient import StatisticsGradient, has_fraction, has_slopes, number_of_patches
 from .statistics import Running, statistics_dtype
 
 # An operator takes tensors and numbers, so modules have numbers. A copy of a module has another number.
@@ -51,9 +51,12 @@ def opaque_to_compiler(method: Callable) -> Callable:
             tensor is not None and tensor.requires_grad for tensor in (x, layer.weight, layer.bias)
         )
         number = number_of(layer)
+        slope_shape: list[int] = []
+        patches = number_of_patches(layer.gradient, layer.window_size)
         weight: Any = None if found_conv is None else found_conv[0].weight
-        slope_shape = list(weight.shape) if weight is not None and has_slopes(layer.gradient, weight) else []
-        members_of = has_fraction(layer.gradient), slope_shape, layer.gradient == 'projection'
+        if weight is not None and has_slopes(layer.gradient, weight):
+            slope_shape = list(weight.shape)
+        members_of = has_fraction(layer.gradient), slope_shape, patches, layer.gradient == 'projection'
         with torch.no_grad():
             mean, var, *gradient = _step_operator(x, conv_input, *running, number, conv, is_learning, *members_of)
         # An operator returns no None.
@@ -80,8 +83,9 @@ def _step_operator(
     is_learning: bool,
     has_fraction: bool,
     slope_shape: list[int],
+    patches: int,
     projects: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """A step of CBN in a graph.
 
     Args:
@@ -95,6 +99,7 @@ def _step_operator(
         is_learning: Whether a backward pass may follow.
         has_fraction: Whether the layer's gradient has a fraction. Only the compiler looks at this and what follows.
         slope_shape: Of the weight; empty if it receives no gradient from the layer.
+        patches: How many patches that gradient has.
         projects: Whether the gradient has mean and variance of the batch.
 
     Returns:
@@ -105,19 +110,22 @@ def _step_operator(
     mean, var, made, call = norm.window_step(x, found_conv, Running(running_mean, running_var, num_batches_tracked))
     norm.windows.iteration.compiled_call = call if is_learning else None
     members = [var.new_empty(0) if tensor is None else tensor for tensor in made]
-    members[3:] = [tensor.clone() for tensor in members[3:]]  # while the window is empty, these are mean and var
+    members[4:] = [tensor.clone() for tensor in members[4:]]  # while the window is empty, these are mean and var
     return mean, var, *members
 
 
 @_step_operator.register_fake
-def _(x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    has_fraction, slope_shape, projects = others[-3:]
+def _(x: Tensor, conv_input: Tensor | None, *others: Any) -> tuple[Tensor, ...]:
+    has_fraction, slope_shape, patches, projects = others[-4:]
     of_channels, none = [x.size(1)], [0]
     fraction = of_channels if has_fraction else none
-    slope = slope_shape or none
+    slopes = [none] * 3
+    if slope_shape:
+        assert conv_input is not None
+        slopes = [slope_shape, [patches, conv_input.size(1), *slope_shape[2:]], [2, patches, *of_channels]]
     batch = of_channels if projects else none
-    shapes = [of_channels, of_channels, fraction, slope, slope, batch, batch]
-    return tuple(x.new_empty(shape, dtype=statistics_dtype(x)) for shape in shapes)  # type: ignore[return-value]
+    shapes = [of_channels, of_channels, fraction, *slopes, batch, batch]
+    return tuple(x.new_empty(shape, dtype=statistics_dtype(x)) for shape in shapes)
 
 
 @custom_op('mmdet_cbn::note_backward', mutates_args=(), tags=_TAGS)

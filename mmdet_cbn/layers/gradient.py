@@ -41,13 +41,20 @@ Gradient = GradientName | float
 
 
 class StatisticsGradient(NamedTuple):
-    """What the backward pass of one step needs besides M and V, in the precision of the statistics."""
+    """What the backward pass of one step needs besides M and V, in the precision of the statistics.
 
-    fraction: Tensor | None  #: of M and V that counts as a function of x, [C]; None for all of them
-    mean_slope: Tensor | None  #: dM / dtheta beside what goes through x, like the weight; None for 0
-    var_slope: Tensor | None  #: dV / dtheta beside what goes through x, like the weight; None for 0
-    mean: Tensor | None  #: of the batch, [C], where its own projection is taken instead
-    var: Tensor | None  #: of the batch, [C], where its own projection is taken instead
+    Beside what goes through x, M and V depend on theta_j, the weight of output channel j, by n mean patches p_i::
+
+        dM/dtheta_j = sum over i of factors_0ij p_i
+        dV/dtheta_j = var_slope_j + sum over i of factors_1ij p_i
+    """
+
+    fraction: Tensor | None = None  #: of M and V that counts as a function of x, [C]; None for all of them
+    var_slope: Tensor | None = None  #: like the weight; it and the next two are None without a gradient in theta
+    patches: Tensor | None = None  #: p, [n, C_in, kh, kw]; n is :func:`number_of_patches`
+    factors: Tensor | None = None  #: of the patches in M and in V, [2, n, C]
+    mean: Tensor | None = None  #: of the batch, [C], where its own projection is taken instead
+    var: Tensor | None = None  #: of the batch, [C], where its own projection is taken instead
 
 
 def stand_in(gradient: Gradient) -> float | None:
@@ -67,8 +74,15 @@ def has_slopes(gradient: Gradient, weight: Tensor) -> bool:
     return stand_in(gradient) is not None and weight.requires_grad
 
 
+def number_of_patches(gradient: Gradient, window_size: int) -> int:
+    """Of :class:`StatisticsGradient`: one for each earlier iteration of a full window, and one where the batch's own
+    slope is taken back. It does not change while the window fills."""
+    return window_size if stand_in(gradient) else window_size - 1
+
+
 def statistics_gradient(
     gradient: Gradient,
+    window_size: int,
     compensation: Compensation,
     conv: ConvCall | None,
     mean: Tensor,
@@ -81,6 +95,7 @@ def statistics_gradient(
 
     Args:
         gradient: One of :data:`GRADIENTS`, or a number from 0 to 1.
+        window_size: k.
         compensation: Of the layer.
         conv: The call that made x; None if the compensation does not need it.
         mean: Of the batch, bias included, [C].
@@ -91,33 +106,41 @@ def statistics_gradient(
     """
     window_mean, _, fraction = window
     if gradient == 'projection':
-        return StatisticsGradient(None, None, None, mean, kept.var)
+        return StatisticsGradient(mean=mean, var=kept.var)
     rest = stand_in(gradient) or 0.0
     own_part = None
     if has_fraction(gradient):
         own_part = fraction if rest == 0 else fraction + rest * (1 - fraction)
     if conv is None or not has_slopes(gradient, conv.weight):
-        return StatisticsGradient(own_part, None, None, None, None)
+        return StatisticsGradient(own_part)
     drop_inf_and_nan(kept)
+    patches = fraction.new_zeros(
+        number_of_patches(gradient, window_size), *conv.input.shape[1:2], *conv.weight.shape[2:]
+    )
+    factors = fraction.new_zeros(2, len(patches), len(fraction))
     if past is None:
-        mean_slope, var_slope = (torch.zeros_like(conv.weight, dtype=fraction.dtype) for _ in range(2))
-        return StatisticsGradient(own_part, mean_slope, var_slope, None, None)
+        no_slope = torch.zeros_like(conv.weight, dtype=fraction.dtype)
+        return StatisticsGradient(own_part, no_slope, patches, factors)
 
-    def slopes(statistics: Any, moved: tuple[Tensor, Tensor], share: Tensor, distance: Tensor) -> tuple[Tensor, Tensor]:
-        # Eq. 9 to 11, for a share of the window: dM / dmu' = share, dV / dvar' = share, dV / dmu' = 2 share (mu' - M)
-        of_mean = compensation.weight_gradient(statistics, moved, conv, share, None)
-        return of_mean, compensation.weight_gradient(statistics, moved, conv, 2 * share * distance, share)
+    def add(start: int, of: Any, moved: tuple[Tensor, Tensor], share: Tensor, var_slope: Tensor | None) -> Tensor:
+        """Add iterations with a share of the window (Eq. 9 to 11): dM / dmu' = share, dV / dvar' = share,
+        dV / dmu' = 2 share (mu' - M)."""
+        valid = moved[0].isfinite() & moved[1].isfinite()  # what is left out of the window has no share
+        share = share.where(valid, 0)
+        slopes = compensation.weight_slopes(of, moved, conv, share, var_slope)
+        factor = 2 * (moved[0] - window_mean)
+        if slopes.factor is not None:
+            factor += slopes.factor
+        those = slice(start, start + len(share))
+        patches[those] = slopes.patches
+        factors[0, those] = share
+        factors[1, those] = (share * factor).where(valid, 0)
+        return slopes.var_slope
 
-    # What is left out with inf or NaN has no share.
-    valid = past[0].isfinite() & past[1].isfinite()
-    distance = (past[0] - window_mean).where(valid, 0)
-    mean_slope, var_slope = slopes(old, past, fraction.where(valid, 0), distance)
+    var_slope = add(0, old, past, fraction.expand_as(past[0]), None)
     if rest > 0:
         # With the batch in place of the window, theta receives through x what is beyond f. It is taken back here.
-        excess = (rest * (1 - fraction)).unsqueeze(0)
         batch = type(kept)(*(tensor.unsqueeze(0) for tensor in kept))
-        own = kept.mean.unsqueeze(0), kept.var.unsqueeze(0)
-        own_mean_slope, own_var_slope = slopes(batch, own, excess, own[0] - window_mean)
-        mean_slope -= own_mean_slope
-        var_slope -= own_var_slope
-    return StatisticsGradient(own_part, mean_slope, var_slope, None, None)
+        own = batch.mean, batch.var
+        add(len(patches) - 1, batch, own, rest * (fraction - 1).unsqueeze(0), var_slope)
+    return StatisticsGradient(own_part, var_slope, patches, factors)

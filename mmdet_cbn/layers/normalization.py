@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..compensation.patches import weighted_patches
 from ..old_torch import IS_BEFORE_2_6, outside_graphs
 from ..window.calls import Call
 from . import compilation
@@ -80,7 +81,7 @@ class WindowNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, gamma, mean, var, *members = ctx.saved_tensors
-        fraction, mean_slope, var_slope, batch_mean, batch_var = members
+        fraction, var_slope, patches, factors, batch_mean, batch_var = members
         if isinstance(ctx.call, int):
             var = compilation.note_backward(var, dy, ctx.call)
         else:
@@ -108,10 +109,11 @@ class WindowNorm(torch.autograd.Function):
         if need_x:
             dx = dx.to(dtype)
         dconv_weight = None
-        if need_conv_weight and mean_slope is not None:
+        if need_conv_weight and var_slope is not None:
             mean_gradient = -gamma * invstd * dbias
             var_gradient = -gamma * invstd.square() * dweight / 2
-            dconv_weight = mean_slope * mean_gradient.view(-1, 1, 1, 1)
+            of_patches = factors[0] * mean_gradient + factors[1] * var_gradient
+            dconv_weight = weighted_patches(of_patches, patches, var_slope.shape)
             dconv_weight.addcmul_(var_slope, var_gradient.view(-1, 1, 1, 1))
         return (
             dx,
@@ -119,5 +121,5 @@ class WindowNorm(torch.autograd.Function):
             dbias if need_bias else None,
             dconv_bias,
             dconv_weight,
-            *[None] * 9,
+            *[None] * 10,
         )
