@@ -30,7 +30,8 @@ class _Training(NamedTuple):
 
 VARIED = _Training('retinanet_r18_fpn', 'varied', (), 8, 1, 1152, 2)
 FACEMASK = _Training('retinanet_r18_fpn', 'facemask', (), 32, 2, 660, 8)
-FASTER = FACEMASK._replace(model='faster-rcnn_r18_fpn', heads=('roi_head.bbox_head',))
+FASTER = _Training('faster-rcnn_r18_fpn', 'facemask', ('roi_head.bbox_head',), 16, 1, 660, 4)
+_OF_CONFIG = {'varied': VARIED, 'facemask': FACEMASK}
 _METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     'BN': ('bn', {}),
     'BN, population statistics': ('bn-population', {}),
@@ -72,7 +73,9 @@ def _row(
         **arguments: Of the normalizer.
     """
     name, of_method = _METHODS[method]
-    if burn_in == on.burn_in:
+    if name == 'cbn' and burn_in is None:
+        burn_in = on.burn_in
+    if burn_in == _OF_CONFIG[on.data].burn_in:
         burn_in = None
     of_hook = {'burn_in': burn_in, 'whole': whole, 'updates_of': updates_of}
     changes = {**arguments, **({'lr': rate} if rate != 1 else {})}
@@ -94,7 +97,7 @@ def _row(
         },
         **({} if burn_in is None else {'custom_hooks.0.burn_in_epochs': burn_in}),
         **({} if whole is None else {'custom_hooks.0.gradient': whole}),
-        **({} if updates_of is None else _longer(on, images // updates_of)),
+        **_schedule(on, 1 if updates_of is None else images // updates_of),
     }
     sgd = [] if on.sgd is None else [f'sgd {on.sgd}']
     words = [
@@ -116,9 +119,11 @@ def _optimizer(on: _Training, images: int, rate: float) -> dict[str, Any]:
     return {f'optim_wrapper.optimizer.{key}': value for key, value in optimizer.items()}
 
 
-def _longer(on: _Training, times: int) -> dict[str, Any]:
-    """A training of so many times the epochs."""
+def _schedule(on: _Training, times: int) -> dict[str, Any]:
+    """So many times the epochs, where they are others than the config's."""
     warmup, epochs = on.warmup * times, on.epochs * times
+    if epochs == _OF_CONFIG[on.data].epochs:
+        return {}
     return {
         'train_cfg.max_epochs': epochs,
         'train_cfg.val_interval': epochs // 4,
