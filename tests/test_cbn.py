@@ -660,6 +660,12 @@ def test_a_bad_batch_is_left_out_of_the_gradient_too(gradient, kind, bad):
     torch.testing.assert_close(model[0].weight.grad, clean[0].weight.grad)
 
 
+def test_a_quarter_of_the_earlier_iterations_is_the_default_where_there_is_compensation():
+    assert CBN(4).gradient == CBN(4, samples=8).gradient == CBN(4, order=2).gradient == 0.25
+    assert CBN(4, order=0).gradient == 'batch' and CBN(4, order=0, gradient='projection').gradient == 'projection'
+    assert 'gradient=0.25' in repr(CBN(4))
+
+
 @pytest.mark.parametrize('gradient', ALL_GRADIENTS)
 def test_a_frozen_convolution_has_no_gradient_and_the_input_keeps_its_own(gradient):
     frozen, model = (conv_and_norm(window_size=3, gradient=gradient) for _ in range(2))
@@ -852,11 +858,14 @@ def test_one_value_a_channel_is_an_error_as_in_batchnorm():
         (dict(order=1.0), TypeError, 'order must be'),
         (dict(samples=1), ValueError, 'samples must be an int >= 2 or None, got 1'),
         (dict(samples=64.0), TypeError, 'samples must be an int >= 2 or None, got 64.0 of type float'),
-        (dict(gradient='theta'), ValueError, "gradient must be 'batch', 'weights', .* number from 0 to 1, got 'theta"),
-        (dict(gradient=1.5), ValueError, "CBN: gradient must be 'batch', .* or a number from 0 to 1, got 1.5"),
-        (dict(gradient=float('nan')), ValueError, 'CBN: gradient must be .* or a number from 0 to 1, got nan'),
+        (
+            dict(gradient='theta'),
+            ValueError,
+            "gradient must be 'batch', 'weights', .* number from 0 to 1 or None, got 'theta",
+        ),
+        (dict(gradient=1.5), ValueError, "CBN: gradient must be 'batch', .*, a number from 0 to 1 or None, got 1.5"),
+        (dict(gradient=float('nan')), ValueError, 'CBN: gradient must be .*, a number from 0 to 1 or None, got nan'),
         (dict(gradient=True), TypeError, 'CBN: gradient must be .* got True of type bool'),
-        (dict(gradient=None), TypeError, 'CBN: gradient must be .* got None of type NoneType'),
         (
             dict(gradient=0.5, order=0),
             ValueError,

@@ -97,7 +97,9 @@ def check_heads(model, heads):
     assert norms(model.rpn_head) == [], 'never in the RPN'
     for m in norms(model):
         if isinstance(m, CBN):
-            assert (m.window_size, m.order) == (4, 1)
+            assert (m.window_size, m.order, m.gradient) == (4, 1, 'batch'), (
+                'as in the paper and the code of its authors'
+            )
         elif isinstance(m, nn.GroupNorm):
             assert m.num_groups == 32
 

@@ -68,7 +68,7 @@ def pair(**arguments):
 
 
 def test_without_its_gradient_it_is_cbn(batches):
-    model, cbn = pair()
+    model, cbn = pair(gradient='batch')
     torch.testing.assert_close(
         gradients(model, batches, RunAgainHook(burn_in_epochs=0, gradient=False, window_size=3)),
         gradients(cbn, batches),

@@ -32,7 +32,7 @@ from mmdet_cbn.experiments.paper.study import (
 from mmdet_cbn.window.ring import suggested_window_size
 
 CONFIGS = ROOT / 'configs'
-METHODS = ['BN', 'GN', 'BRN', 'Naive CBN', 'CBN', 'CBN, 64 samples']
+METHODS = ['BN', 'GN', 'BRN', 'Naive CBN', 'CBN, gradient batch', 'CBN, 64 samples, gradient batch']
 ROWS = {row.run: row for table in STUDY for row in table.rows}
 
 
@@ -54,7 +54,7 @@ def row_of(table, method, x):
 @pytest.mark.parametrize('images', [1, 2, 4])
 def test_methods_differ_in_their_normalizers_only(images):
     methods = [row.labels[0] for row in IMAGES.rows if row.labels[1] == images]
-    assert methods == METHODS + ['CBN, order 2'] * (images == 1)
+    assert methods == METHODS + ['CBN, order 2, gradient batch'] * (images == 1) + ['CBN, gradient 0.25']
     settings = [settings_of(config_of(row_of(IMAGES, method, images))) for method in methods]
     of_norm = ('norm_cfg', 'custom_hooks')
     rest = [{k: v for k, v in each.items() if not any(word in k for word in of_norm)} for each in settings]
@@ -68,7 +68,7 @@ def test_the_learning_rate_grows_with_the_root_of_the_images():
     rates = {images_of(row): config_of(row).optim_wrapper.optimizer.lr for row in IMAGES.rows}
     assert rates == pytest.approx({1: 0.001, 2: 0.001414, 4: 0.002, 8: 0.002828, 16: 0.004}, abs=1e-6)
     for images, values in ((1, (0.5, 1, 2, 4)), (4, (0.5, 1, 2))):
-        for method in (f'BN, {of(images)}', f'CBN, {of(images)}'):
+        for method in (f'BN, {of(images)}', f'CBN, gradient batch, {of(images)}'):
             factors = [config_of(row_of(RATE, method, x)).optim_wrapper.optimizer.lr / rates[images] for x in values]
             assert factors == pytest.approx(values)
 
@@ -173,7 +173,7 @@ def test_a_run_that_tables_share_is_made_once(tmp_path):
 
 
 def test_commands_name_the_studys_configs(tmp_path):
-    trial = Trial(row_of(IMAGES, 'CBN', 2), 1, Setting(ROOT, tmp_path, gpus=1))
+    trial = Trial(row_of(IMAGES, 'CBN, gradient batch', 2), 1, Setting(ROOT, tmp_path, gpus=1))
     assert trial.training()[:2] == ['python', str(ROOT / 'tools/train.py')]
     assert trial.training()[2] == str(CONFIGS / 'study/retinanet_r18_fpn_cbn_varied.py')
     assert trial.options[-1] == 'randomness.seed=1' and 'train_dataloader.batch_size=2' in trial.options
@@ -224,13 +224,16 @@ def runs_of(row, aps):
 
 @pytest.fixture
 def runs():
-    return runs_of(row_of(IMAGES, 'BN', 1), [5.0, 7.0]) + runs_of(row_of(IMAGES, 'CBN', 1), [20.0])
+    return runs_of(row_of(IMAGES, 'BN', 1), [5.0, 7.0]) + runs_of(row_of(IMAGES, 'CBN, gradient batch', 1), [20.0])
 
 
 def test_the_table_has_our_numbers_and_what_is_missing(runs):
     text = markdown(IMAGES, collect(IMAGES, runs, CONFIGS), trials=2)
     assert '| method | images per step | box AP | box AP50 | box AP75 | box APs | box APm | trials |' in text
-    assert '| BN | 1 | 6.0 ± 1.4 | - | - | - | - | 2 |' in text and '| CBN | 1 | 20.0 | - | - | - | - | 1 |' in text
+    assert (
+        '| BN | 1 | 6.0 ± 1.4 | - | - | - | - | 2 |' in text
+        and '| CBN, gradient batch | 1 | 20.0 | - | - | - | - | 1 |' in text
+    )
     assert 'cbn-1 (1 of 2), ' in text and ' bn-1 (' not in text and 'paper' not in text
 
 
@@ -241,7 +244,7 @@ def test_runs_with_other_settings_are_not_the_studys(runs):
 
 def test_the_plot_has_a_line_a_method(runs):
     axes = plot_figure(IMAGES, collect(IMAGES, runs, CONFIGS)).axes[0]
-    assert [line.get_label() for line in axes.containers] == ['BN', 'CBN']
+    assert [line.get_label() for line in axes.containers] == ['BN', 'CBN, gradient batch']
     assert axes.get_xscale() == 'log' and [*axes.containers[0].lines[0].get_ydata()] == [6.0]
     assert not any('paper' in text.get_text() for text in axes.get_legend().get_texts())
 

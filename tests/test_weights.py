@@ -34,7 +34,7 @@ def test_each_norm_is_recorded_in_its_iterations(tmp_path):
 def test_only_the_gradient_of_the_batch_alone_has_a_large_part_along_the_weight(tmp_path):
     norms = {
         'BN': nn.BatchNorm2d,
-        'batch': lambda channels: CBN(channels, window_size=3),
+        'batch': lambda channels: CBN(channels, window_size=3, gradient='batch'),
         'weights': lambda channels: CBN(channels, window_size=3, gradient='weights'),
     }
     radial = {}

@@ -20,7 +20,7 @@ from ..window.calls import CallWindows
 from .compilation import opaque_to_compiler
 from .conversion import active_norms, convert_in_place, select
 from .diagnosis import Diagnosis, DiagnosisRecorder
-from .gradient import GRADIENTS, Gradient, stand_in, statistics_gradient
+from .gradient import DEFAULT_GRADIENT, GRADIENTS, Gradient, stand_in, statistics_gradient
 from .normalization import WindowNorm
 from .statistics import Running, batch_norm, batch_statistics, update_running, window_statistics
 from .step import WindowStep, once_per_step
@@ -86,7 +86,8 @@ class CBN(nn.BatchNorm2d):
             the compensated earlier statistics depend on the weight of the convolution (Eq. 7 and 8). ``'window'``: for
             the layers before, the current batch stands for the whole window, too. A number from 0 (``'weights'``) to 1
             (``'window'``): it stands for this part of the earlier iterations. ``'projection'``: the input receives
-            BatchNorm's gradient for the current batch.
+            BatchNorm's gradient for the current batch. None for 0.25; with ``order=0``, which allows ``'batch'`` and
+            ``'projection'`` alone, for ``'batch'``.
         conv: The convolution that feeds the layer, for models that you build yourself. It does not become a part of
             the layer. None to find it in training.
         device: Of parameters and buffers, as in torch.
@@ -123,7 +124,7 @@ class CBN(nn.BatchNorm2d):
         order: int = 1,
         samples: int | None = None,
         running_stats: Literal['batch', 'window'] = 'window',
-        gradient: Gradient = 'batch',
+        gradient: Gradient | None = None,
         conv: nn.Conv2d | None = None,
         device: Any = None,
         dtype: Any = None,
@@ -137,6 +138,8 @@ class CBN(nn.BatchNorm2d):
             if order != 1:
                 raise ValueError(f'CBN: samples must be None with order={order}, got {samples}; they go with order=1')
         check_choice('CBN', 'running_stats', running_stats, ('batch', 'window'))
+        if gradient is None:
+            gradient = 'batch' if order == 0 else DEFAULT_GRADIENT
         _check_gradient(gradient)
         if order == 0 and stand_in(gradient) is not None:
             raise ValueError(
@@ -456,7 +459,7 @@ class CBN(nn.BatchNorm2d):
 
 
 def _check_gradient(gradient: Any) -> None:
-    allowed = f'{", ".join(map(repr, GRADIENTS))} or a number from 0 to 1'
+    allowed = f'{", ".join(map(repr, GRADIENTS))}, a number from 0 to 1 or None'
     if isinstance(gradient, bool) or not isinstance(gradient, str | float | int):
         raise TypeError(f'CBN: gradient must be {allowed}, got {shown(gradient)} of type {type(gradient).__name__}')
     if gradient not in GRADIENTS if isinstance(gradient, str) else not 0 <= gradient <= 1:

@@ -38,6 +38,7 @@ from ..pairing import ConvCall
 GradientName = Literal['batch', 'weights', 'window', 'projection']
 GRADIENTS: tuple[str, ...] = get_args(GradientName)
 Gradient = GradientName | float
+DEFAULT_GRADIENT: Gradient = 0.25  # the best in our study, docs/results.md
 
 
 class StatisticsGradient(NamedTuple):

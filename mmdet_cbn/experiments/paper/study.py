@@ -48,7 +48,7 @@ _BESIDE_BN = ('GN', 'BRN', 'Naive CBN', 'CBN', 'CBN, 64 samples')
 _ORDERS = ('CBN', 'CBN, 64 samples', 'CBN, order 2')
 _BESIDE_CBN = ('BN', 'BN, population statistics', 'GN', 'BRN')
 _KINDS: tuple[Gradient, ...] = ('batch', 'weights', 0.25, 'window', 'projection')
-_WORDS = {'running_stats': 'of the', 'momentum': 'momentum', 'gradient': 'gradient'}
+_WORDS = {'running_stats': 'running statistics of the', 'momentum': 'momentum', 'gradient': 'gradient'}
 
 
 def _row(
@@ -107,6 +107,8 @@ def _row(
         *sgd,
         *(f'{key} {value}' for key, value in changes.items()),
     ]
+    if method.startswith('CBN'):
+        arguments = {'gradient': 'batch', **arguments}  # the configs', as in the authors' code
     label = ', '.join([method, *(f'{_WORDS[key]} {value}' for key, value in arguments.items() if key in _WORDS)])
     config = f'{on.model}_{name}_{on.data}'
     return Row('-'.join(words).replace(' ', '-'), (label, x), config, {}, options, folder='study')
@@ -154,7 +156,6 @@ def _series(method: str, images: int, argument: str, values: Sequence[float]) ->
 
 def _burnt_in(method: str, images: int, burn_in: int, on: _Training = VARIED, **arguments: Any) -> Row:
     """A row whose label has the burn-in, and what its own arguments are."""
-    # The gradient of the configs, the authors', is that of IMAGES.
     varied = {key: value for key, value in arguments.items() if value != 'batch'}
     row = _row(method, images, images, on=on, burn_in=burn_in, **varied)
     words = [f'gradient {value}' if key == 'gradient' else 'whole gradient' * value for key, value in arguments.items()]
@@ -183,6 +184,7 @@ IMAGES = _table(
     *(_row('BN', images, images) for images in (1, 2, 4, 8, 16)),
     *(_row(method, images, images) for method in _BESIDE_BN for images in (1, 2, 4)),
     _row('CBN, order 2', 1, 1),
+    *(_row('CBN', images, images, gradient=0.25) for images in (1, 2, 4)),
 )
 WINDOW = _table(
     'window',
