@@ -90,7 +90,8 @@ class WeightStateHook(Hook):
         while self._handles:  # all norms have met their convolutions
             self._handles.pop().remove()
         for name, numbers in self._found:
-            self.states.append(WeightState(runner.iter + 1, name, *numbers.tolist()))
+            rounded = [float(f'{number:.4g}') for number in numbers.tolist()]  # for a small file
+            self.states.append(WeightState(runner.iter + 1, name, *rounded))
         self._found.clear()
 
     def after_train(self, runner: Runner) -> None:
