@@ -239,7 +239,8 @@ def test_the_table_has_our_numbers_and_what_is_missing(runs):
 
 def test_runs_with_other_settings_are_not_the_studys(runs):
     changed = [run._replace(settings={**run.settings, 'model.neck.norm_cfg.type': 'LN'}) for run in runs]
-    assert '| BN | 1 | - | - | - | - | - | 0 |' in markdown(IMAGES, collect(IMAGES, changed, CONFIGS))
+    text = markdown(IMAGES, collect(IMAGES, changed, CONFIGS))
+    assert '| BN | 1 |' not in text and 'Not trained: bn-1 (0 of 1' in text
 
 
 def test_the_plot_has_a_line_a_method(runs):
@@ -254,6 +255,16 @@ def test_what_is_stored_is_what_the_logs_told(runs, tmp_path):
     again = find_runs([tmp_path / 'runs.json'])
     assert again == [run._replace(work_dir=run.work_dir.relative_to('runs')) for run in runs]
     assert len((tmp_path / 'runs.json').read_text()) < 2 * len(json.dumps(runs[0].settings)), 'once, not three times'
+
+
+def test_a_trial_that_is_stored_twice_counts_once(runs, tmp_path):
+    for name, some in (('a', runs), ('b', runs[1:])):
+        store_runs(some, tmp_path / f'{name}.json')
+    both = find_runs([tmp_path / 'a.json', tmp_path / 'b.json'])
+    assert both == find_runs([tmp_path / 'a.json'])
+    unfinished = [run._replace(metrics={}) for run in runs]
+    store_runs(unfinished, tmp_path / 'b.json')
+    assert find_runs([tmp_path / 'a.json', tmp_path / 'b.json']) == both, 'the finished one'
 
 
 def test_a_report_can_be_made_of_a_stored_one(runs, tmp_path, monkeypatch, capsys):

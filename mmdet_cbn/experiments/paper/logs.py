@@ -64,6 +64,8 @@ class Entry(NamedTuple):
 def find_runs(places: Iterable[Path]) -> list[Run]:
     """Find all trainings with logs under the folders, and all that :func:`store_runs` wrote to the files.
 
+    A trial of tools/reproduce.py that is found twice, as in a file and in its folder, counts once.
+
     Raises:
         RuntimeError: A file is not what mmengine, tools/reproduce.py or :func:`store_runs` writes.
     """
@@ -74,7 +76,12 @@ def find_runs(places: Iterable[Path]) -> list[Run]:
             stored += _stored_runs(place)
         else:
             work_dirs |= {file.parents[2] for file in Path(place).rglob('vis_data/scalars.json')}
-    return stored + [read_run(work_dir) for work_dir in sorted(work_dirs)]
+    trials: dict[Any, Run] = {}
+    for run in [*stored, *(read_run(work_dir) for work_dir in sorted(work_dirs))]:
+        trial = run.work_dir if run.name is None else (run.name, run.work_dir.name)
+        if trial not in trials or run.metrics:
+            trials[trial] = run
+    return list(trials.values())
 
 
 def store_runs(runs: Iterable[Run], file: Path) -> None:

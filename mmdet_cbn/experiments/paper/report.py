@@ -86,7 +86,8 @@ def _markdown_of_study(table: Table, entries: Mapping[str, list[Entry]], trials:
         runs = [run for entry in as_planned for run in entry.finished]
         results = [summarize(runs, metric) for metric in table.metrics]
         cells = ['-' if result is None else _with_deviation(*result) for result in results]
-        body.append([*row.labels, *cells, len(runs)])
+        if runs:
+            body.append([*row.labels, *cells, len(runs)])
         if len(runs) < trials:
             missing.append(f'{row.name} ({_progress(entries.get(row.name, []), len(runs), trials)})')
     lines = [*_titled(table, heads, body), *_nothing_detected(table, entries)]
@@ -237,7 +238,9 @@ def plot_figure(table: Table, entries: Mapping[str, list[Entry]]) -> Figure | No
         if points:
             xs, means, deviations, changed = zip(*sorted(points), strict=True)
             name = f'{method}, not as in the paper' if any(changed) else str(method)
-            axes.errorbar(xs, means, deviations, marker='o', capsize=3, label=name)
+            number = len(axes.containers)  # matplotlib has ten colours
+            style: Any = dict(marker='os'[number // 10 % 2], linestyle='-' if number < 10 else '--')
+            axes.errorbar(xs, means, deviations, capsize=3, label=name, **style)
     if not axes.containers:
         return None
     if not table.is_ours:
@@ -249,7 +252,10 @@ def plot_figure(table: Table, entries: Mapping[str, list[Entry]]) -> Figure | No
     axes.set_xticks(ticks, [f'{tick:g}' for tick in ticks])
     axes.title.set_fontsize('medium')
     axes.grid(alpha=0.3)
-    axes.legend(fontsize='small')
+    if len(axes.containers) > 8:  # they would cover the lines
+        figure.legend(fontsize='small', loc='outside lower center', ncols=2)
+    else:
+        axes.legend(fontsize='small')
     return figure
 
 
