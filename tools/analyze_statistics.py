@@ -14,13 +14,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mmengine.config import Config, DictAction
+from mmengine.config import DictAction
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
 from mmdet_cbn.experiments.analysis.fidelity import StatisticsFidelityHook
 from mmdet_cbn.experiments.analysis.gradients import GradientRatioHook
 from mmdet_cbn.experiments.analysis.plots import draw, write_results
+from mmdet_cbn.experiments.analysis.training import runner_for_training_alone
 
 
 class Enough(Exception):
@@ -68,19 +69,12 @@ def train(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         gradients = GradientRatioHook(args.every)
     except (TypeError, ValueError) as error:
         parser.error(str(error))
-    config = Config.fromfile(args.config)
-    config.merge_from_dict(args.cfg_options or {})
-    config.work_dir = str(args.out)
-    config.default_hooks.checkpoint = None
-    for split in ('val', 'test'):
-        for key in ('dataloader', 'cfg', 'evaluator'):
-            config[f'{split}_{key}'] = None
-    runner = Runner.from_cfg(config)
-    runner.register_hook(fidelity)
+    hooks: list[Hook] = [fidelity]
     if 'gradients' not in args.skip:
-        runner.register_hook(gradients)
+        hooks.append(gradients)
     if args.iters is not None:
-        runner.register_hook(StopHook(args.iters))
+        hooks.append(StopHook(args.iters))
+    runner = runner_for_training_alone(args.config, args.cfg_options, args.out, hooks)
     with suppress(Enough):
         runner.train()
     if not fidelity.errors:

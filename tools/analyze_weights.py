@@ -10,9 +10,9 @@ there into weights.png. Without CONFIG it only draws.
 import argparse
 from pathlib import Path
 
-from mmengine.config import Config, DictAction
-from mmengine.runner import Runner
+from mmengine.config import DictAction
 
+from mmdet_cbn.experiments.analysis.training import runner_for_training_alone
 from mmdet_cbn.experiments.analysis.weights import WeightStateHook, plot_weights, read_states
 
 
@@ -40,16 +40,7 @@ def train(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         hook = WeightStateHook(args.every, args.out / f'{args.name or args.config.stem}.csv')
     except (TypeError, ValueError) as error:
         parser.error(str(error))
-    config = Config.fromfile(args.config)
-    config.merge_from_dict(args.cfg_options or {})
-    config.work_dir = str(args.out / 'logs')
-    config.default_hooks.checkpoint = None
-    for split in ('val', 'test'):
-        for key in ('dataloader', 'cfg', 'evaluator'):
-            config[f'{split}_{key}'] = None
-    runner = Runner.from_cfg(config)
-    runner.register_hook(hook)
-    runner.train()
+    runner_for_training_alone(args.config, args.cfg_options, args.out / 'logs', [hook]).train()
 
 
 if __name__ == '__main__':

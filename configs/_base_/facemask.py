@@ -4,9 +4,7 @@ whole images for evaluation. The model and norm_cfg stand in the configs.
 For the study of small batches, on two CPU cores. 1 image a step.
 """
 
-_base_ = ['mmdet::_base_/datasets/coco_detection.py', 'mmdet::_base_/default_runtime.py']
-
-custom_imports = dict(imports=['mmdet_cbn'], allow_failed_imports=False)
+_base_ = './study.py'
 
 # The third class, a mask worn incorrectly, has too few faces to learn from.
 facemask_classes = ('with_mask', 'without_mask')
@@ -17,30 +15,19 @@ train_pipeline = [
     for step in _base_.train_pipeline
 ]
 test_pipeline = [dict(step, scale=(400, 400)) if step['type'] == 'Resize' else step for step in _base_.test_pipeline]
-# Images of this size are read faster than they are handed from one process to another.
-loading = dict(num_workers=0, persistent_workers=False)
 train_dataloader = dict(
-    loading,
+    _base_.loading,
     batch_size=1,
     dataset=dict(facemask, pipeline=train_pipeline, filter_cfg=dict(min_size=128)),
 )
-val_dataloader = dict(loading, batch_size=1, dataset=dict(facemask, pipeline=test_pipeline))
+val_dataloader = dict(_base_.loading, batch_size=1, dataset=dict(facemask, pipeline=test_pipeline))
 test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=facemask_root + '/annotations/instances_val2017.json')
 test_evaluator = val_evaluator
 
 epochs = 32
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=epochs, val_interval=8)
-val_cfg = dict(type='ValLoop')
-test_cfg = dict(type='TestLoop')
-optim_wrapper = dict(
-    type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=0.001, weight_decay=0.02),
-    clip_grad=dict(max_norm=10),
-)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, begin=0, end=2, convert_to_iter_based=True),
     dict(type='CosineAnnealingLR', begin=2, end=epochs, T_max=epochs - 2, convert_to_iter_based=True),
 ]
-default_hooks = dict(checkpoint=dict(max_keep_ckpts=2), logger=dict(interval=100))
-randomness = dict(seed=0)

@@ -1,9 +1,9 @@
-_base_ = ['../_base_/narrow_faster_rcnn.py', '../_base_/facemask.py', '../_base_/cbn.py']
+_base_ = ['../_base_/facemask_faster_rcnn.py', '../_base_/cbn.py']
 
 norm_cfg = dict(_base_.norm_cfg, window_size='auto')
 model = dict(
     backbone=dict(norm_cfg=norm_cfg),
     neck=dict(norm_cfg=norm_cfg),
-    roi_head=dict(bbox_head=dict(norm_cfg=norm_cfg, num_classes=len(_base_.facemask_classes))),
+    roi_head=dict(bbox_head=dict(norm_cfg=norm_cfg)),
 )
 custom_hooks = [dict(_base_.custom_hooks[0], burn_in_epochs=8)]

@@ -1,8 +1,3 @@
-_base_ = ['../_base_/narrow_retinanet.py', '../_base_/facemask.py', '../_base_/brn.py']
+_base_ = ['../_base_/facemask_retinanet.py', '../_base_/brn.py']
 
-norm_cfg = _base_.norm_cfg
-model = dict(
-    backbone=dict(norm_cfg=norm_cfg),
-    neck=dict(norm_cfg=norm_cfg),
-    bbox_head=dict(num_classes=len(_base_.facemask_classes), anchor_generator=dict(octave_base_scale=2)),
-)
+model = dict(backbone=dict(norm_cfg=_base_.norm_cfg), neck=dict(norm_cfg=_base_.norm_cfg))

@@ -1,9 +1,5 @@
-_base_ = ['../_base_/narrow_retinanet.py', '../_base_/facemask.py', '../_base_/cbn.py']
+_base_ = ['../_base_/facemask_retinanet.py', '../_base_/cbn.py']
 
 norm_cfg = dict(_base_.norm_cfg, window_size='auto')
-model = dict(
-    backbone=dict(norm_cfg=norm_cfg),
-    neck=dict(norm_cfg=norm_cfg),
-    bbox_head=dict(num_classes=len(_base_.facemask_classes), anchor_generator=dict(octave_base_scale=2)),
-)
+model = dict(backbone=dict(norm_cfg=norm_cfg), neck=dict(norm_cfg=norm_cfg))
 custom_hooks = [dict(_base_.custom_hooks[0], burn_in_epochs=8)]

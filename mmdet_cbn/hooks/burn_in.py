@@ -5,7 +5,6 @@ from typing import Any
 from mmengine import fileio
 from mmengine.dist import get_rank
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import IterBasedTrainLoop, Runner
 from torch import nn
@@ -16,6 +15,7 @@ from ..layers.cbn import CBN
 from ..layers.conversion import active_norms
 from ..window import file as window_file
 from ..window.ring import suggested_window_size
+from .model import model_of
 from .switch_norm import SwitchNormHook
 
 _ITERS_BETWEEN_READINGS = 50  # of what the layers count: that makes the host wait for the device
@@ -113,7 +113,7 @@ class CBNBurnInHook(Hook):
                 f'the train dataloader has {len(runner.train_dataloader)} iterations an epoch.'
             )
         self._iterations, self._begins = runner.iter, True
-        model = _model_of(runner)
+        model = model_of(runner)
         switches = any(isinstance(hook, SwitchNormHook) and hook.makes(CBN) for hook in runner.hooks)
         if not switches and not _active_layers(model):
             found = [module for module in model.modules() if isinstance(module, CBN)]
@@ -123,7 +123,7 @@ class CBNBurnInHook(Hook):
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         """Put every layer into or out of burn-in, and into the next iteration."""
         # SwitchNormHook makes layers as an epoch begins, before or after the hooks of this one are called.
-        if (batch_idx == 0 or self._begins) and _active_layers(_model_of(runner)) != self._layers:
+        if (batch_idx == 0 or self._begins) and _active_layers(model_of(runner)) != self._layers:
             self._find_layers(runner)
         if self._begins and self._resumed_from is not None:
             self._load_window(runner, window_file.path_of(self._resumed_from, get_rank()))
@@ -151,7 +151,7 @@ class CBNBurnInHook(Hook):
 
     def _find_layers(self, runner: Runner) -> None:
         """Make the CBN layers of this epoch ready, and say what will happen to them."""
-        model = _model_of(runner)
+        model = model_of(runner)
         self._layers = _active_layers(model)
         self._bad_batches = {name: norm.bad_batches for name, norm in self._layers.items()}
         found = [module for module in model.modules() if isinstance(module, CBN)]
@@ -187,7 +187,7 @@ class CBNBurnInHook(Hook):
         if not fileio.exists(path):
             runner.logger.warning(f'CBN: {path} is missing, so the windows fill anew, within k iterations.')
             return
-        layers, names = self._layers, dict(_model_of(runner).named_modules()).keys()
+        layers, names = self._layers, dict(model_of(runner).named_modules()).keys()
         count = window_file.load(path, layers, names, runner.iter, next(runner.model.parameters()).device)
         runner.logger.info(f'CBN: the windows of {count} of {len(layers)} layers are those of {path}.')
 
@@ -212,10 +212,6 @@ class CBNBurnInHook(Hook):
                 f'CBN: the burn-in of {self.length} {unit}s is as long as the training of {total}: '
                 'this run trains with BN.'
             )
-
-
-def _model_of(runner: Runner) -> nn.Module:
-    return runner.model.module if is_model_wrapper(runner.model) else runner.model
 
 
 def _active_layers(model: nn.Module) -> dict[str, CBN]:

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import IterBasedTrainLoop, Runner
 from torch import nn
@@ -13,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..arguments import check_int, check_names, shown
 from ..layers.conversion import active_norms, convert_in_place, select
 from ..requirements import wanted
+from .model import model_of
 
 
 @HOOKS.register_module()
@@ -111,7 +111,7 @@ class SwitchNormHook(Hook):
         self._is_done = True
 
     def _find(self, runner: Runner) -> Mapping[str, _BatchNorm]:
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = model_of(runner)
         of_type = {name: norm for name, norm in active_norms(model).items() if type(norm) is self._kinds[0]}
         return select(of_type, self.prefixes, f'SwitchNormHook: source={self.source!r}')
 

@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch import Tensor
 
 from ...arguments import check_bool, check_int
 from ...compensation.first_order import CompensatedStatistics, compensate, statistics_gradients
 from ...compensation.sampled import SampledStatistics, compensate_samples, sampled_statistics
+from ...hooks.model import model_of
 from ...layers.statistics import batch_statistics
 from .replay import OldIteration, Replay, Seen, predecessors
 
@@ -91,7 +91,7 @@ class StatisticsFidelityHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Watch the layers."""
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = model_of(runner)
         self._replay = Replay(model, self._note)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:

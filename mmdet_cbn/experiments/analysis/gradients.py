@@ -4,11 +4,11 @@ from typing import Any, NamedTuple
 
 import torch
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch import Tensor
 
 from ...arguments import check_int
+from ...hooks.model import model_of
 from .replay import OldIteration, Replay, Seen, predecessors
 
 
@@ -56,7 +56,7 @@ class GradientRatioHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Watch the layers."""
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = model_of(runner)
         self._replay = Replay(model)
         self._random = torch.Generator().manual_seed(0)
 

@@ -8,12 +8,12 @@ from itertools import islice
 
 import torch
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import nn
 
 from ...arguments import check_int
+from ...hooks.model import model_of
 
 
 @HOOKS.register_module()
@@ -36,7 +36,7 @@ class PopulationStatisticsHook(Hook):
     def after_train_epoch(self, runner: Runner) -> None:
         if not self.every_n_epochs(runner, runner.train_loop.val_interval) and not self.is_last_train_epoch(runner):
             return
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = model_of(runner)
         norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d) and module.training]
         momenta = [norm.momentum for norm in norms]
         for norm in norms:

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from matplotlib.figure import Figure
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ...arguments import check_int
+from ...hooks.model import model_of
 from ...layers.diagnosis import radial_part
 
 
@@ -59,7 +59,7 @@ class WeightStateHook(Hook):
         self._records = False
 
     def before_train(self, runner: Runner) -> None:
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = model_of(runner)
         self._norms = {name: module for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
         last: list[tuple[nn.Conv2d, Tensor]] = []
         handles = [

@@ -149,7 +149,7 @@ def _of(images: int, row: Row) -> Row:
 
 def _series(method: str, images: int, argument: str, values: Sequence[float]) -> list[Row]:
     """One argument of :func:`_row` varied; where it is the config's own value, the row is that of IMAGES."""
-    own = {'window_size': suggested_window_size(images), 'burn_in': 2, 'rate': 1}[argument]
+    own = suggested_window_size(images) if argument == 'window_size' else None
     varied: list[dict[str, Any]] = [{} if x == own else {argument: x} for x in values]
     return [_of(images, _row(method, images, x, **each)) for x, each in zip(values, varied, strict=True)]
 
@@ -257,12 +257,12 @@ SGD = _table(
     'k (BN: k images per step)',
     *(_row('BN', images, images, on=VARIED_SGD) for images in (4, 16)),
     *(
-        _row(method, 4, k, on=VARIED_SGD, window_size=k, **arguments)._replace(labels=(label, k))
-        for label, method, arguments in (
-            ('Naive CBN', 'Naive CBN', {}),
-            ('CBN, gradient batch', 'CBN', {}),
-            ('CBN, gradient weights', 'CBN', {'gradient': 'weights'}),
-            ('CBN, gradient 0.25', 'CBN', {'gradient': 0.25}),
+        _row(method, 4, k, on=VARIED_SGD, window_size=k, **arguments)
+        for method, arguments in (
+            ('Naive CBN', {}),
+            ('CBN', {}),
+            ('CBN', {'gradient': 'weights'}),
+            ('CBN', {'gradient': 0.25}),
         )
         for k in (2, 4, 8, 16)
     ),
