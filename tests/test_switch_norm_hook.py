@@ -11,6 +11,7 @@ from torch import distributed, multiprocessing, nn
 from torch.distributed.nn.functional import all_reduce
 
 from mmdet_cbn import BRN, CBN, SwitchNormHook
+from mmdet_cbn.openmmlab.tools import leave_process_group
 
 
 class Notes(Hook):
@@ -199,8 +200,8 @@ def train_in_one_of_two_processes(rank, folder):
     )
     assert type(runner.model).__name__ == 'MMDistributedDataParallel'
     torch.save((notes.before, notes.after, [kind.__name__ for kind in notes.types]), folder / f'{rank}.pt')
-    distributed.barrier()
-    distributed.destroy_process_group()
+    del runner
+    leave_process_group()
 
 
 def test_it_switches_inside_distributed_data_parallel(tmp_path):

@@ -19,6 +19,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmdet_cbn import CBN, CBNBurnInHook
+from mmdet_cbn.openmmlab.tools import leave_process_group
 
 HOOK = dict(type='CBNBurnInHook', burn_in_epochs=1, save_window=True)
 BY_ITERATION = dict(by_epoch=False, max_iters=14)
@@ -122,8 +123,8 @@ def train_in_one_of_two_processes(rank, folder):
     runner = runner_for(folder, Net(), HOOK, epochs=2, launcher='pytorch', cfg=dict(model_wrapper_cfg=wrapper))
     runner.register_hook(MasterSaves())
     runner.train()
-    distributed.barrier()
-    distributed.destroy_process_group()
+    del runner
+    leave_process_group()
 
 
 @pytest.mark.slow

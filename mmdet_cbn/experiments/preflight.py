@@ -38,6 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
 from ..layers.cbn import CBN
+from ..openmmlab.tools import leave_process_group
 from .cost.detectors import Detector, Settings, make_inputs, time_in_alternation
 from .cost.storage import StorageCounter
 from .oracle import deviation, loss_of
@@ -406,7 +407,8 @@ def train_together(rank: int, processes: int, backend: str, meet: str) -> None:
         distributed.all_gather(everywhere, parameter.detach())
         if not all(torch.equal(other, parameter) for other in everywhere):
             raise RuntimeError(f'after 3 steps, {name} differs between processes')
-    distributed.destroy_process_group()
+    del parallel
+    leave_process_group()
 
 
 def check_step(machine: Machine) -> Iterator[Result]:

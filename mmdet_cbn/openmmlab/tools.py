@@ -100,8 +100,16 @@ def run_tool(name: str) -> None:
     with safe_runner(), distributed_on_cpu() if get_device() == 'cpu' else nullcontext():
         runpy.run_path(str(find_tool(name)), run_name='__main__')
     if distributed.is_initialized():
-        # mmengine leaves the process group open, and then the first process to end can make the others abort.
-        distributed.barrier()
-        distributed.destroy_process_group()
-        # The runner's cycles of references keep its threads alive, which can abort the process as Python ends.
-        gc.collect()
+        leave_process_group()
+
+
+def leave_process_group() -> None:
+    """End the process group that mmengine leaves open: the first process to end could make the others abort.
+
+    Nobody may hold the runner any more.
+    """
+    distributed.barrier()
+    # The runner's model shares the group, and cycles of references hold the runner. If it went last, the group would
+    # end under the interpreter's lock, and gloo's thread, which may wait for that lock, would never end.
+    gc.collect()
+    distributed.destroy_process_group()
