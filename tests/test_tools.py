@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+import weakref
 from contextlib import contextmanager, suppress
 
 import pytest
@@ -15,8 +16,9 @@ from mmdet.datasets import CocoDataset
 from mmdet.datasets.api_wrappers import COCO
 from mmdet.registry import DATASETS
 from mmengine.config import Config
+from torch import distributed, nn
 
-from mmdet_cbn.openmmlab.tools import find_tool, name_annotations
+from mmdet_cbn.openmmlab.tools import find_tool, leave_process_group, name_annotations
 
 CONFIG = ROOT / 'configs' / 'small' / 'r18_shapes.py'
 SMALL_RUN = [
@@ -229,6 +231,21 @@ def test_distributed_training_and_testing(run, tmp_path, shapes_root, processes,
 
     threads = [file.read_text() for file in tmp_path.glob('threads_*')]
     assert len(threads) == 2 * processes and not any('gloo' in names for names in threads), threads
+
+
+def test_the_process_group_ends_after_the_model_that_shares_it(tmp_path, monkeypatch):
+    distributed.init_process_group('gloo', f'file://{tmp_path}/store', world_size=1, rank=0)
+    try:
+        model = nn.parallel.DistributedDataParallel(nn.Linear(1, 1))
+        model.runner = [model]  # a cycle of references
+        model, alive = None, weakref.ref(model)
+        end = distributed.destroy_process_group
+        monkeypatch.setattr(distributed, 'destroy_process_group', lambda: end() if alive() is None else None)
+        leave_process_group()
+        assert not distributed.is_initialized()
+    finally:
+        if distributed.is_initialized():
+            end()
 
 
 @pytest.mark.parametrize(
