@@ -17,20 +17,6 @@ from torch import Tensor
 from ..pairing import ConvCall
 
 
-class WeightSlopes(NamedTuple):
-    """How mu' and var' of n earlier iterations tau depend on theta_t, for each output channel j.
-
-    ::
-
-        dmu'_tau / dtheta_j                      = p_tau
-        sum over tau of share dvar'_tau/dtheta_j = var_slope_j + sum over tau of share factor p_tau
-    """
-
-    var_slope: Tensor  #: [C_out, C_in / groups, kh, kw]
-    patches: Tensor  #: p_tau, the mean patch, [n, C_in, kh, kw]
-    factor: Tensor | None  #: [n, C_out]; None for 0
-
-
 class Compensation(ABC):
     """One kind of compensation, for one layer.
 
@@ -72,16 +58,24 @@ class Compensation(ABC):
         """
 
     def weight_slopes(
-        self, old: Any, past: tuple[Tensor, Tensor], conv: ConvCall, share: Tensor, var_slope: Tensor | None = None
-    ) -> WeightSlopes:
-        """How mu' and var' depend on theta_t (the derivatives of Eq. 7, 8 and 10).
+        self, old: Any, past: tuple[Tensor, Tensor], conv: ConvCall, share: Tensor, var_slope: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """How mu' and var' depend on theta_t (the derivatives of Eq. 7, 8 and 10), for each output channel j.
+
+        ::
+
+            dmu'_tau / dtheta_j                      = p_tau
+            sum over tau of share dvar'_tau/dtheta_j = var_slope_j + sum over tau of share factor p_tau
 
         Args:
             old: As for :meth:`under_current_weights`.
-            past: What that method returned, [n, C] each.
+            past: What that method returned, [n, C_out] each.
             conv: As for that method.
-            share: Of each iteration in the sum over var', [n, C].
-            var_slope: The result's ``var_slope`` is added to it. None to make a new one.
+            share: Of each iteration in the sum over var', [n, C_out].
+            var_slope: Like the weight. The second line's ``var_slope`` is added to it in place.
+
+        Returns:
+            p_tau, the mean patch, [n, C_in, kh, kw], and factor, [n, C_out]; None for a factor of 0.
         """
         raise NotImplementedError(f'the statistics of {type(self).__name__} do not depend on the current weights')
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 from ..pairing import ConvCall
-from .base import Compensation, WeightSlopes, are_of_channels
+from .base import Compensation, are_of_channels
 from .patches import dot_mean_grad, mean_patch
 
 
@@ -58,16 +58,15 @@ class FirstOrder(Compensation):
         past: tuple[Tensor, Tensor],
         conv: ConvCall,
         share: Tensor,
-        var_slope: Tensor | None = None,
-    ) -> WeightSlopes:
+        var_slope: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:
         # var' = var + c - a^2, but for the maximum of Eq. 10
         is_positive = past[1] > 0
         var_share = share.where(is_positive, 0).view(*share.shape, 1, 1, 1)
         # A batched matrix product is the same, and far slower on the CPU.
         for share_of_one, var_grad in zip(var_share, old.var_grad, strict=True):
-            var_slope = share_of_one * var_grad if var_slope is None else var_slope.addcmul_(share_of_one, var_grad)
-        assert var_slope is not None
-        return WeightSlopes(var_slope, old.mean_grad, (-2 * (past[0] - old.mean)).where(is_positive, 0))
+            var_slope.addcmul_(share_of_one, var_grad)
+        return old.mean_grad, (-2 * (past[0] - old.mean)).where(is_positive, 0)
 
     def could_keep(self, old: Any, num_features: int) -> bool:
         return (

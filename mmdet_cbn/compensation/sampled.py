@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..pairing import ConvCall
-from .base import Compensation, WeightSlopes, are_of_channels
+from .base import Compensation, are_of_channels
 from .patches import patches_at, weighted_patches
 
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
@@ -75,20 +75,16 @@ class Sampled(Compensation):
         past: tuple[Tensor, Tensor],
         conv: ConvCall,
         share: Tensor,
-        var_slope: Tensor | None = None,
-    ) -> WeightSlopes:
+        var_slope: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:
         patches = old.patches.flatten(0, 1)
         x = _outputs(patches, conv.weight.to(old.mean.dtype), conv.groups).unflatten(0, old.patches.shape[:2])
         distance = x - torch.bmm(old.share.unsqueeze(1), x)
         # With the mean m over the sample: d sum of s (x - m)^2 / dtheta = 2 sum of s (x - m) p
         factors = 2 * share.where(past[1] > 0, 0).unsqueeze(1) * old.share.unsqueeze(2) * distance
-        slope = weighted_patches(factors.flatten(0, 1), patches, conv.weight.shape)
+        var_slope += weighted_patches(factors.flatten(0, 1), patches, conv.weight.shape)
         mean_patches = torch.bmm(old.share.unsqueeze(1), old.patches).squeeze(1)
-        return WeightSlopes(
-            slope if var_slope is None else var_slope.add_(slope),
-            mean_patches.unflatten(1, (-1, *conv.weight.shape[2:])),
-            None,
-        )
+        return mean_patches.unflatten(1, (-1, *conv.weight.shape[2:])), None
 
     def could_keep(self, old: Any, num_features: int) -> bool:
         return (

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..pairing import ConvCall
-from .base import Compensation, WeightSlopes, are_of_channels
+from .base import Compensation, are_of_channels
 from .patches import all_patches, dot_mean_grad, mean_patch
 
 _NUMBERS_AT_ONCE = 2**24  # of all patches, which together can be too many for the memory
@@ -55,13 +55,13 @@ class SecondOrder(Compensation):
         past: tuple[Tensor, Tensor],
         conv: ConvCall,
         share: Tensor,
-        var_slope: Tensor | None = None,
-    ) -> WeightSlopes:
+        var_slope: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:
         theta = conv.weight.to(old.mean.dtype).reshape(1, conv.groups, -1, old.covariance.size(-1))
         # d(theta . Cov(p) theta) / dtheta = 2 Cov(p) theta
         factors = 2 * share.where(past[1] > 0, 0).view(len(old.mean), conv.groups, -1, 1)
-        slope = torch.matmul(factors * theta, old.covariance).sum(dim=0).view(conv.weight.shape)
-        return WeightSlopes(slope if var_slope is None else var_slope.add_(slope), old.mean_grad, None)
+        var_slope += torch.matmul(factors * theta, old.covariance).sum(dim=0).view(conv.weight.shape)
+        return old.mean_grad, None
 
     def could_keep(self, old: Any, num_features: int) -> bool:
         return (

@@ -119,29 +119,27 @@ def statistics_gradient(
         number_of_patches(gradient, window_size), *conv.input.shape[1:2], *conv.weight.shape[2:]
     )
     factors = fraction.new_zeros(2, len(patches), len(fraction))
-    if past is None:
-        no_slope = torch.zeros_like(conv.weight, dtype=fraction.dtype)
-        return StatisticsGradient(own_part, no_slope, patches, factors)
+    var_slope = torch.zeros_like(conv.weight, dtype=fraction.dtype)
 
-    def add(start: int, of: Any, moved: tuple[Tensor, Tensor], share: Tensor, var_slope: Tensor | None) -> Tensor:
+    def add(start: int, of: Any, moved: tuple[Tensor, Tensor], share: Tensor) -> None:
         """Add iterations with a share of the window (Eq. 9 to 11): dM / dmu' = share, dV / dvar' = share,
         dV / dmu' = 2 share (mu' - M)."""
         valid = moved[0].isfinite() & moved[1].isfinite()  # what is left out of the window has no share
         share = share.where(valid, 0)
-        slopes = compensation.weight_slopes(of, moved, conv, share, var_slope)
+        mean_patches, more = compensation.weight_slopes(of, moved, conv, share, var_slope)
         factor = 2 * (moved[0] - window_mean)
-        if slopes.factor is not None:
-            factor += slopes.factor
+        if more is not None:
+            factor += more
         those = slice(start, start + len(share))
-        patches[those] = slopes.patches
+        patches[those] = mean_patches
         factors[0, those] = share
         factors[1, those] = (share * factor).where(valid, 0)
-        return slopes.var_slope
 
-    var_slope = add(0, old, past, fraction.expand_as(past[0]), None)
-    if rest > 0:
+    if past is not None:
+        add(0, old, past, fraction.expand_as(past[0]))
+    if past is not None and rest > 0:
         # With the batch in place of the window, theta receives through x what is beyond f. It is taken back here.
         batch = type(kept)(*(tensor.unsqueeze(0) for tensor in kept))
         own = batch.mean, batch.var
-        add(len(patches) - 1, batch, own, rest * (fraction - 1).unsqueeze(0), var_slope)
+        add(len(patches) - 1, batch, own, rest * (fraction - 1).unsqueeze(0))
     return StatisticsGradient(own_part, var_slope, patches, factors)
