@@ -86,7 +86,7 @@ def test_unchanged_weights_need_no_correction():
 def test_window_statistics_are_those_of_all_examples_together():
     batches = torch.randn(4, 2, 3, 5, 5, dtype=torch.float64) * torch.arange(1, 5).view(4, 1, 1, 1, 1) + 7
     var, mean = torch.var_mean(batches, dim=(1, 3, 4), correction=0)
-    window_mean, window_var, share = window_statistics(mean[0], var[0], (mean[1:], var[1:]))
+    window_mean, window_var, share, _ = window_statistics(mean[0], var[0], (mean[1:], var[1:]))
     expected_var, expected_mean = torch.var_mean(batches, dim=(0, 1, 3, 4), correction=0)
     torch.testing.assert_close(window_mean, expected_mean)
     torch.testing.assert_close(window_var, expected_var)
@@ -97,10 +97,11 @@ def test_an_iteration_that_is_not_finite_is_left_out_channel_by_channel():
     mean, var = torch.tensor([1.0, 1.0, 1.0]), torch.tensor([2.0, 2.0, 2.0])
     past_mean = torch.tensor([[3.0, float('nan'), 3.0], [5.0, 5.0, 5.0]])
     past_var = torch.tensor([[2.0, 2.0, float('inf')], [2.0, 2.0, 2.0]])
-    window_mean, window_var, share = window_statistics(mean, var, (past_mean, past_var))
+    window_mean, window_var, share, valid = window_statistics(mean, var, (past_mean, past_var))
     torch.testing.assert_close(window_mean, torch.tensor([3.0, 3.0, 3.0]))
     torch.testing.assert_close(window_var, torch.tensor([2 + 8 / 3, 6.0, 6.0]))
     torch.testing.assert_close(share, torch.tensor([1 / 3, 1 / 2, 1 / 2]))
+    assert valid.tolist() == [[True, False, False], [True, True, True]]
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32])

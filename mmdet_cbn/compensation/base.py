@@ -65,7 +65,7 @@ class Compensation(ABC):
         ::
 
             dmu'_tau / dtheta_j                      = p_tau
-            sum over tau of share dvar'_tau/dtheta_j = var_slope_j + sum over tau of share factor p_tau
+            sum over tau of share dvar'_tau/dtheta_j = var_slope_j + sum over tau of factor p_tau
 
         Args:
             old: As for :meth:`under_current_weights`.
@@ -75,7 +75,8 @@ class Compensation(ABC):
             var_slope: Like the weight. The second line's ``var_slope`` is added to it in place.
 
         Returns:
-            p_tau, the mean patch, [n, C_in, kh, kw], and factor, [n, C_out]; None for a factor of 0.
+            p_tau, the mean patch, [n, C_in, kh, kw], and factor, [n, C_out]; None for a factor of 0. Where an
+            iteration has no share, the factor may be NaN.
         """
         raise NotImplementedError(f'the statistics of {type(self).__name__} do not depend on the current weights')
 
@@ -98,11 +99,11 @@ class Compensation(ABC):
 
 
 def drop_inf_and_nan(statistics: Any) -> None:
-    """Replace inf and NaN by 0 in all that a kind keeps but mean and variance, which tell that the batch was bad.
+    """Replace inf and NaN by 0 in the tensors that follow mean and variance and are larger than these.
 
-    What has a weight of 0 must not be NaN in a weighted sum.
+    What has a weight of 0 must not be NaN in a weighted sum. Mean and variance still tell that the batch was bad.
     """
-    for tensor in statistics[2:]:
+    for tensor in statistics[2:4]:
         tensor.nan_to_num_(0, 0, 0)
 
 

@@ -61,12 +61,11 @@ class FirstOrder(Compensation):
         var_slope: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
         # var' = var + c - a^2, but for the maximum of Eq. 10
-        is_positive = past[1] > 0
-        var_share = share.where(is_positive, 0).view(*share.shape, 1, 1, 1)
+        share = share * (past[1] > 0)
         # A batched matrix product is the same, and far slower on the CPU.
-        for share_of_one, var_grad in zip(var_share, old.var_grad, strict=True):
+        for share_of_one, var_grad in zip(share.view(*share.shape, 1, 1, 1), old.var_grad, strict=True):
             var_slope.addcmul_(share_of_one, var_grad)
-        return old.mean_grad, (-2 * (past[0] - old.mean)).where(is_positive, 0)
+        return old.mean_grad, (old.mean - past[0]).mul_(share).mul_(2)
 
     def could_keep(self, old: Any, num_features: int) -> bool:
         return (
@@ -96,7 +95,7 @@ def statistics_gradients(x: Tensor, mean: Tensor, conv: ConvCall) -> tuple[Tenso
     # 2 (x - mu) / m. The factor comes last, because that output gradient could underflow.
     var_grad = conv2d_weight(
         inputs, list(theta.shape), x - mean.view(-1, 1, 1), conv.stride, conv.padding, conv.dilation, conv.groups
-    ) * (2 / positions)
+    ).mul_(2 / positions)
     mean_product, var_product = _products(mean_grad.unsqueeze(0), var_grad.unsqueeze(0), theta, conv.groups)
     return mean_grad, var_grad, mean_product.squeeze(0), var_product.squeeze(0)
 
@@ -115,8 +114,8 @@ def compensate(old: CompensatedStatistics, weight: Tensor, groups: int) -> tuple
     theta = weight.to(old.mean.dtype)
     mean_product, var_product = _products(old.mean_grad, old.var_grad, theta, groups)
     mean_change = mean_product - old.mean_product
-    var_change = var_product - old.var_product
-    return old.mean + mean_change, (old.var + var_change - mean_change.square()).clamp(min=0)
+    var = (var_product - old.var_product).add_(old.var)
+    return old.mean + mean_change, var.addcmul_(mean_change, mean_change, value=-1).clamp_(min=0)
 
 
 def _products(mean_grad: Tensor, var_grad: Tensor, theta: Tensor, groups: int) -> tuple[Tensor, Tensor]:

@@ -192,8 +192,10 @@ class CBN(nn.BatchNorm2d):
         gradient = statistics_gradient(
             self.gradient, int(self.window_size), self.compensation, conv, mean, kept, old, past, window
         )
-        biased_mean = window[0] if conv is None else conv.with_bias(window[0])
-        step = WindowStep(x, conv, mean, var, old, past, window[0], biased_mean, *window[1:], gradient)
+        biased_mean = window.mean if conv is None else conv.with_bias(window.mean)
+        step = WindowStep(
+            x, conv, mean, var, old, past, window.mean, biased_mean, window.var, window.fraction, gradient
+        )
         self._observe(step)
         self.windows.current.push(kept)
         self._update_running(step, running)
@@ -263,7 +265,7 @@ class CBN(nn.BatchNorm2d):
             mean, var = step.mean, step.var * (positions / (positions - 1))
         else:
             # Unbiased, as in BatchNorm. The window has positions / fraction positions.
-            mean, var = step.biased_window_mean, step.window_var * (positions / (positions - step.fraction))
+            mean, var = step.biased_window_mean, step.window_var / torch.rsub(step.fraction, 1, alpha=1 / positions)
         self._count_if_bad(update_running(running, mean, var, self.momentum))
 
     def _count_if_bad(self, finite: Tensor | None) -> None:

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from ..compensation import Compensation, drop_inf_and_nan
 from ..pairing import ConvCall
+from .statistics import WindowStatistics
 
 GradientName = Literal['batch', 'weights', 'window', 'projection']
 GRADIENTS: tuple[str, ...] = get_args(GradientName)
@@ -90,7 +91,7 @@ def statistics_gradient(
     kept: Any,
     old: Any,
     past: tuple[Tensor, Tensor] | None,
-    window: tuple[Tensor, Tensor, Tensor],
+    window: WindowStatistics,
 ) -> StatisticsGradient:
     """What the backward pass needs.
 
@@ -103,43 +104,41 @@ def statistics_gradient(
         kept: What the window will keep of the batch. Its inf and NaN become 0, except in mean and variance.
         old: What it kept of n earlier iterations, stacked; None if there are none.
         past: mu' and var' of these, [n, C] each; None if there are none.
-        window: M, without the bias, V and f, [C] each.
+        window: What the layer normalizes with.
     """
-    window_mean, _, fraction = window
     if gradient == 'projection':
         return StatisticsGradient(mean=mean, var=kept.var)
     rest = stand_in(gradient) or 0.0
-    own_part = None
-    if has_fraction(gradient):
-        own_part = fraction if rest == 0 else fraction + rest * (1 - fraction)
+    fraction = window.fraction
+    own_part = fraction if rest == 0 else torch.rsub(fraction, rest, alpha=rest - 1)  # f + rest (1 - f)
+    of_x = own_part if has_fraction(gradient) else None
     if conv is None or not has_slopes(gradient, conv.weight):
-        return StatisticsGradient(own_part)
+        return StatisticsGradient(of_x)
     drop_inf_and_nan(kept)
     patches = fraction.new_zeros(
         number_of_patches(gradient, window_size), *conv.input.shape[1:2], *conv.weight.shape[2:]
     )
     factors = fraction.new_zeros(2, len(patches), len(fraction))
     var_slope = torch.zeros_like(conv.weight, dtype=fraction.dtype)
+    made = StatisticsGradient(of_x, var_slope, patches, factors)
+    if past is None or window.valid is None:
+        return made
 
     def add(start: int, of: Any, moved: tuple[Tensor, Tensor], share: Tensor) -> None:
         """Add iterations with a share of the window (Eq. 9 to 11): dM / dmu' = share, dV / dvar' = share,
         dV / dmu' = 2 share (mu' - M)."""
-        valid = moved[0].isfinite() & moved[1].isfinite()  # what is left out of the window has no share
-        share = share.where(valid, 0)
-        mean_patches, more = compensation.weight_slopes(of, moved, conv, share, var_slope)
-        factor = 2 * (moved[0] - window_mean)
-        if more is not None:
-            factor += more
+        mean_patches, factor = compensation.weight_slopes(of, moved, conv, share, var_slope)
         those = slice(start, start + len(share))
         patches[those] = mean_patches
         factors[0, those] = share
-        factors[1, those] = (share * factor).where(valid, 0)
+        factor = torch.zeros_like(share) if factor is None else factor
+        factors[1, those] = factor.addcmul_(moved[0] - window.mean, share, value=2)
 
-    if past is not None:
-        add(0, old, past, fraction.expand_as(past[0]))
-    if past is not None and rest > 0:
+    add(0, old, past, window.valid * fraction)
+    if rest > 0:
         # With the batch in place of the window, theta receives through x what is beyond f. It is taken back here.
         batch = type(kept)(*(tensor.unsqueeze(0) for tensor in kept))
         own = batch.mean, batch.var
-        add(len(patches) - 1, batch, own, rest * (fraction - 1).unsqueeze(0))
-    return StatisticsGradient(own_part, var_slope, patches, factors)
+        add(len(patches) - 1, batch, own, (fraction - own_part).unsqueeze(0))
+    factors.nan_to_num_(0, 0, 0)  # of iterations that are left out
+    return made

@@ -92,6 +92,7 @@ class WindowNorm(torch.autograd.Function):
             x, dy = x.to(mean.dtype), dy.to(mean.dtype)
         invstd = (var + ctx.eps).rsqrt()
         gamma = torch.ones_like(var) if gamma is None else gamma
+        scale_of_dy = gamma * invstd
         if batch_var is None:
             own = gamma if fraction is None else gamma * fraction
             center, scale = mean, invstd
@@ -103,18 +104,17 @@ class WindowNorm(torch.autograd.Function):
         if batch_var is not None:  # (x - M) r = (xb / sigma^-1 + mu - M) r
             dweight = invstd * (dweight / scale + (batch_mean - mean) * dbias)
         if need_x and fraction is not None:
-            dx.addcmul_(dy, ((gamma - own) * invstd).view(-1, 1, 1))
+            dx.addcmul_(dy, torch.addcmul(scale_of_dy, own, invstd, value=-1).view(-1, 1, 1))
         # x depends on b, so dx is there where the gradient of b is asked for.
         dconv_bias = -dx.sum(dim=(0, 2, 3), dtype=mean.dtype) if need_conv_bias else None
         if need_x:
             dx = dx.to(dtype)
         dconv_weight = None
         if need_conv_weight and var_slope is not None:
-            mean_gradient = -gamma * invstd * dbias
-            var_gradient = -gamma * invstd.square() * dweight / 2
-            of_patches = factors[0] * mean_gradient + factors[1] * var_gradient
+            of_mean, of_var = scale_of_dy * dbias, scale_of_dy * invstd * dweight  # -gM and -2 gV
+            of_patches = torch.addcmul(factors[0] * of_mean, factors[1], of_var, value=0.5)
             dconv_weight = weighted_patches(of_patches, patches, var_slope.shape)
-            dconv_weight.addcmul_(var_slope, var_gradient.view(-1, 1, 1, 1))
+            dconv_weight.addcmul_(var_slope, of_var.view(-1, 1, 1, 1), value=0.5).neg_()
         return (
             dx,
             dweight if need_weight else None,

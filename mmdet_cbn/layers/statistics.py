@@ -34,7 +34,16 @@ def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
-def window_statistics(mean: Tensor, var: Tensor, past: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+class WindowStatistics(NamedTuple):
+    """Statistics over the window (Eq. 9 to 11)."""
+
+    mean: Tensor  #: M, without the bias of the convolution, [C]
+    var: Tensor  #: V, biased, [C]
+    fraction: Tensor  #: of the window that is the current iteration, [C]: 1 / (n + 1), or more where some are left out
+    valid: Tensor | None  #: which of n earlier iterations are not left out, [n, C]; None if there are none
+
+
+def window_statistics(mean: Tensor, var: Tensor, past: tuple[Tensor, Tensor] | None) -> WindowStatistics:
     """Statistics over the window (Eq. 9 to 11).
 
     A channel leaves out an earlier iteration whose statistics are inf or NaN. One bad batch must not spoil the k - 1
@@ -44,21 +53,19 @@ def window_statistics(mean: Tensor, var: Tensor, past: tuple[Tensor, Tensor] | N
         mean: mu of the current iteration, [C].
         var: var of the current iteration, [C].
         past: mu' and var' of n earlier iterations, [n, C] each; None if there are none.
-
-    Returns:
-        Mean [C], biased variance [C], and the fraction [C] of the window that is the current iteration: 1 / (n + 1),
-        or more where earlier iterations were left out.
     """
     if past is None:
-        return mean, var, torch.ones_like(mean)
+        return WindowStatistics(mean, var, torch.ones_like(mean), None)
     # About the current mean, so that the numbers are small, and an iteration that is left out is 0.
-    distance = past[0] - mean
-    spread = torch.addcmul(past[1], distance, distance)
+    about = mean.new_empty(2, *past[0].shape)
+    distance, spread = about
+    torch.sub(past[0], mean, out=distance)
+    torch.addcmul(past[1], distance, distance, out=spread)
     valid = spread < torch.inf  # False for NaN, too
     fraction = (valid.sum(dim=0, dtype=mean.dtype) + 1).reciprocal_()
-    shift = distance.where(valid, 0).sum(dim=0) * fraction
-    window_var = (spread.where(valid, 0).sum(dim=0) + var) * fraction
-    return mean + shift, window_var.addcmul_(shift, shift, value=-1).clamp_(min=0), fraction
+    shift, window_var = about.where(valid, 0).sum(dim=1).mul_(fraction)
+    window_var.addcmul_(var, fraction).addcmul_(shift, shift, value=-1).clamp_(min=0)
+    return WindowStatistics(mean + shift, window_var, fraction, valid)
 
 
 class Running(NamedTuple):
