@@ -14,7 +14,7 @@ from conftest import ROOT
 from mmdet_cbn import CBN
 from mmdet_cbn.experiments.analysis.gradients import GradientRatioHook
 from mmdet_cbn.experiments.paper.logs import Run, collect, find_runs, settings_of, store_runs
-from mmdet_cbn.experiments.paper.report import markdown, plot_figure, write_report
+from mmdet_cbn.experiments.paper.report import markdown, overview, plot_figure, write_report
 from mmdet_cbn.experiments.paper.runs import Setting, Trial, load, trials_of
 from mmdet_cbn.experiments.paper.study import (
     BURN_IN,
@@ -234,13 +234,22 @@ def test_the_table_has_our_numbers_and_what_is_missing(runs):
         '| BN | 1 | 6.0 ± 1.4 | - | - | - | - | 2 |' in text
         and '| CBN, gradient batch | 1 | 20.0 | - | - | - | - | 1 |' in text
     )
-    assert 'cbn-1 (1 of 2), ' in text and ' bn-1 (' not in text and 'paper' not in text
+    rows = len(IMAGES.rows)
+    assert f'Of {rows} rows, {rows - 2} are not trained, and 1 have fewer than 2 trials.' in text
+
+
+def test_the_overview_has_a_column_for_each_number_of_images(runs):
+    text = overview(IMAGES, collect(IMAGES, runs, CONFIGS), trials=2)
+    assert '| method | 1 | 2 | 4 | 8 | 16 |' in text
+    assert '| BN | 6.0 ± 1.4 |  |  |  |  |' in text and '| CBN, gradient batch | 20.0 (1 trial) |  |  |  |  |' in text
+    assert 'Box AP (%), mean ± deviation of 2 trials. Columns: images per step.' in text
 
 
 def test_runs_with_other_settings_are_not_the_studys(runs):
     changed = [run._replace(settings={**run.settings, 'model.neck.norm_cfg.type': 'LN'}) for run in runs]
     text = markdown(IMAGES, collect(IMAGES, changed, CONFIGS))
-    assert '| BN | 1 |' not in text and 'Not trained: bn-1 (0 of 1' in text
+    rows = len(IMAGES.rows)
+    assert '| BN | 1 |' not in text and f'Of {rows} rows, {rows} are not trained' in text
 
 
 def test_the_plot_has_a_line_a_method(runs):

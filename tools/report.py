@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 from mmdet_cbn.experiments.paper.logs import collect, find_runs
-from mmdet_cbn.experiments.paper.report import markdown, write_report
+from mmdet_cbn.experiments.paper.report import markdown, overview, write_report
 from mmdet_cbn.experiments.paper.study import STUDY
 from mmdet_cbn.experiments.paper.tables import TABLES
 
@@ -43,7 +43,8 @@ def main() -> None:
         text = args.readme.read_text()
         for table in tables:
             trials = 0 if table.number == '8' else args.trials  # it is measured, not trained
-            new = markdown(table, collect(table, runs, CONFIGS), trials, links='')
+            entries = collect(table, runs, CONFIGS)
+            new = overview(table, entries, trials) if table.is_ours else markdown(table, entries, trials, links='')
             mark = re.compile(rf'(<!-- {table.name} -->\n).*?(<!-- end -->)', re.DOTALL)
             text = mark.sub(lambda found, new=new: f'{found[1]}{new}{found[2]}', text)
         args.readme.write_text(text)

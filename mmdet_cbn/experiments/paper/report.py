@@ -80,20 +80,53 @@ def markdown(table: Table, entries: Mapping[str, list[Entry]], trials: int = 1, 
 def _markdown_of_study(table: Table, entries: Mapping[str, list[Entry]], trials: int) -> str:
     heads = [*table.labels, *(_short(metric) for metric in table.metrics), 'trials']
     body: list[list[Any]] = []
-    missing = []
     for row in table.rows:
-        as_planned = [entry for entry in entries.get(row.name, []) if not entry.differences]
-        runs = [run for entry in as_planned for run in entry.finished]
-        results = [summarize(runs, metric) for metric in table.metrics]
-        cells = ['-' if result is None else _with_deviation(*result) for result in results]
-        if runs:
+        if runs := _as_planned(entries.get(row.name, [])):
+            results = [summarize(runs, metric) for metric in table.metrics]
+            cells = ['-' if result is None else _with_deviation(*result) for result in results]
             body.append([*row.labels, *cells, len(runs)])
-        if len(runs) < trials:
-            missing.append(f'{row.name} ({_progress(entries.get(row.name, []), len(runs), trials)})')
-    lines = [*_titled(table, heads, body), *_nothing_detected(table, entries)]
-    if missing:
-        lines += ['', f'Not trained: {", ".join(missing)}.']
+    lines = [*_titled(table, heads, body), *_nothing_detected(table, entries), *_not_trained(table, entries, trials)]
     return '\n'.join(lines) + '\n'
+
+
+def overview(table: Table, entries: Mapping[str, list[Entry]], trials: int) -> str:
+    """A table of our study by its first metric alone, as Markdown: methods as rows, and the other label as columns.
+
+    Args:
+        table: A table of our study.
+        entries: Our trials by the name of the row.
+        trials: How many trials a row should have. Where it has others, their number follows.
+    """
+    method, other = table.labels
+    xs = sorted({float(row.labels[1]) for row in table.rows})
+    found: dict[Any, dict[float, str]] = defaultdict(dict)
+    for row in table.rows:
+        runs = _as_planned(entries.get(row.name, []))
+        if result := summarize(runs, table.metrics[0]):
+            number = '' if len(runs) == trials else f' ({_trials(runs)})'
+            found[row.labels[0]][float(row.labels[1])] = _with_deviation(*result) + number
+    body = [[name, *(cells.get(x, '') for x in xs)] for name, cells in found.items()]
+    what = f'{_short(table.metrics[0])} (%), mean ± deviation of {trials} trials. Columns: {other}.'
+    lines = [f'### {table.title}', '', what[0].upper() + what[1:], '']
+    lines += [markdown_table([method, *(f'{x:g}' for x in xs)], body, rule=' --- ')]
+    return '\n'.join([*lines, *_nothing_detected(table, entries), *_not_trained(table, entries, trials)]) + '\n'
+
+
+def _as_planned(entries: list[Entry]) -> list[Run]:
+    """The finished trials with the row's own settings."""
+    return [run for entry in entries if not entry.differences for run in entry.finished]
+
+
+def _not_trained(table: Table, entries: Mapping[str, list[Entry]], trials: int) -> list[str]:
+    """How many rows of our study are not trained; the tables leave them out."""
+    numbers = [len(_as_planned(entries.get(row.name, []))) for row in table.rows]
+    if min(numbers) >= trials:
+        return []
+    few = sum(0 < number < trials for number in numbers)
+    return [
+        '',
+        f'Of {len(numbers)} rows, {numbers.count(0)} are not trained, and {few} have fewer than {trials} trials.',
+    ]
 
 
 def _nothing_detected(table: Table, entries: Mapping[str, list[Entry]]) -> list[str]:
