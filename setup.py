@@ -26,6 +26,8 @@ setup(
         'torch': requirements['TORCH_AND_TORCHVISION'],
         # mmdet 3.3.0 refuses mmcv 2.2.
         'openmmlab': [wanted('mmengine'), wanted('mmcv') + ',<2.2', wanted('mmdet')],
+        # For configs/imagenet alone.
+        'mmpretrain': ['mmpretrain>=1.2,<2'],
         # The maintained forks: other distributions with the same import names.
         'onedl': [
             'onedl-' + wanted('mmengine'),

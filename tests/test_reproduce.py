@@ -272,7 +272,7 @@ def test_the_report_says_that_nothing_was_detected(tmp_path):
 
 def as_in_the_paper(row, aps, **settings) -> list[Run]:
     """Runs of train.py with the row's own settings, but for ``settings``, which ended with these APs."""
-    config = load(CONFIGS / row.file).copy()
+    config = load(row, CONFIGS).copy()
     config.merge_from_dict(row.options_for(config))
     decisive = {**settings_of(config), 'GPUs': 4, **settings}
     curves = [{epoch: {'bbox_mAP': ap + epoch - 12} for epoch in (11, 12)} for ap in aps]
@@ -445,7 +445,8 @@ def test_a_run_that_two_rows_share_is_made_once(tmp_path):
 
 def test_a_small_twin_multiplies_its_own_images():
     row = next(row for row in FIGURE3.rows if row.name == 'bn-k4')
-    paper, small = (Trial(row, 0, Setting(ROOT, Path('runs'), small=small)).options for small in (False, True))
+    setting = Setting(ROOT, Path('runs'))
+    paper, small = (Trial(row._replace(twin=twin), 0, setting).options for twin in (None, 'shapes'))
     assert paper[:2] == ['train_dataloader.batch_size=16', 'optim_wrapper.optimizer.lr=0.08']
     assert small[:2] == ['train_dataloader.batch_size=8', 'optim_wrapper.optimizer.lr=0.0016']
 
@@ -453,7 +454,8 @@ def test_a_small_twin_multiplies_its_own_images():
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        (['--table', '9'], "argument --table: invalid choice: '9'"),
+        (['--table', '1'], "argument --table: invalid choice: '1'"),
+        (['--table', '3', '--small'], '--small: the rows of table 3 have the twins imagenette, got shapes'),
         (['--table', '5', '--rows', 'bn', 'cbn-head'], '--rows: bn not in the table; it has none, bn-head, '),
         (['--table', '5', '--gpus', '0'], '--gpus must be 1 or more, got 0'),
         (['--table', '5', '--trials', '-1'], '--trials must be 1 or more, got -1'),

@@ -37,7 +37,7 @@ ROWS = {row.run: row for table in STUDY for row in table.rows}
 
 
 def config_of(row):
-    config = load(CONFIGS / row.file).copy()
+    config = load(row, CONFIGS).copy()
     config.merge_from_dict(row.options_for(config))
     return config
 

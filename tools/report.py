@@ -11,6 +11,7 @@ import argparse
 import re
 from pathlib import Path
 
+from mmdet_cbn.experiments.paper.imagenet import IMAGENET
 from mmdet_cbn.experiments.paper.logs import collect, find_runs
 from mmdet_cbn.experiments.paper.report import markdown, overview, write_report
 from mmdet_cbn.experiments.paper.study import STUDY
@@ -21,7 +22,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    numbers = list(dict.fromkeys(table.number for table in (*TABLES, *STUDY)))
+    numbers = list(dict.fromkeys(table.number for table in (*TABLES, *IMAGENET, *STUDY)))
     parser.add_argument('work_dirs', nargs='*', type=Path, metavar='WORK_DIRS')
     table_help = "tables or figures (default: the paper's; those of our own study begin with study)"
     parser.add_argument('--table', nargs='+', choices=numbers, help=table_help)
@@ -38,7 +39,7 @@ def main() -> None:
         parser.error(str(error))
     if args.work_dirs and not runs:
         parser.error(f'no logs of a training under {", ".join(map(str, args.work_dirs))}')
-    tables = [table for table in (*TABLES, *STUDY) if table.number in args.table] if args.table else TABLES
+    tables = [table for table in (*TABLES, *IMAGENET, *STUDY) if table.number in args.table] if args.table else TABLES
     if args.readme:
         text = args.readme.read_text()
         for table in tables:

@@ -16,12 +16,15 @@ from pathlib import Path
 
 from mmengine.logging import MMLogger
 
+from mmdet_cbn.experiments.paper.imagenet import IMAGENET
 from mmdet_cbn.experiments.paper.runs import Setting, describe, run, trials_of
 from mmdet_cbn.experiments.paper.study import STUDY
 from mmdet_cbn.experiments.paper.tables import TABLES as PAPER
 from mmdet_cbn.experiments.paper.tables import Table
 
-TABLES = (*PAPER, *STUDY)
+TABLES = (*PAPER, *IMAGENET, *STUDY)
+# The twins of configs/small, and the folder of the configs whose twins they are.
+TWINS = {'shapes': 'cbn', 'imagenette': 'imagenet'}
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -32,8 +35,10 @@ def parse_args() -> tuple[argparse.Namespace, list[Table]]:
     parser.add_argument('--rows', nargs='+', help='names of rows, as the dry run gives them (default: all)')
     parser.add_argument('--gpus', type=int, default=4, help='default: %(default)s; with 1, the CPU if there is no GPU')
     parser.add_argument('--trials', type=int, default=5, help='seeds 0, 1, ... (default: %(default)s)')
-    parser.add_argument('--work-dir', type=Path, help='default: work_dirs/paper, work_dirs/small or work_dirs/study')
-    parser.add_argument('--small', action='store_true', help='small versions, on drawn shapes (tools/make_shapes.py)')
+    work_dir_help = 'default: work_dirs/paper, work_dirs/study, or work_dirs/small_NAME for twins'
+    parser.add_argument('--work-dir', type=Path, help=work_dir_help)
+    small_help = 'train the small twins configs/small/r18_NAME.py of the rows (default: %(const)s)'
+    parser.add_argument('--small', nargs='?', const='shapes', choices=list(TWINS), help=small_help)
     parser.add_argument('--dry-run', action='store_true', help='print the commands only')
     parser.add_argument('--cfg-options', nargs='+', default=[], metavar='KEY=VALUE', help="as for mmdet's tools")
     args = parser.parse_args()
@@ -43,13 +48,19 @@ def parse_args() -> tuple[argparse.Namespace, list[Table]]:
     if wrong := [option for option in args.cfg_options if '=' not in option]:
         parser.error(f'--cfg-options must be KEY=VALUE, got {wrong[0]}')
     tables = [table for table in TABLES if table.number in args.table]
-    if args.small and any(table.is_ours for table in tables):
-        parser.error('--small: the tables of our study have no small versions; they are small')
+    for table in tables if args.small else ():
+        if table.is_ours:
+            parser.error('--small: the tables of our study have no small versions; they are small')
+        if table.rows[0].folder != TWINS[args.small]:
+            fitting = ' or '.join(name for name, folder in TWINS.items() if folder == table.rows[0].folder)
+            parser.error(f'--small: the rows of table {table.number} have the twins {fitting}, got {args.small}')
     names = [row.name for table in tables for row in table.rows]
     if unknown := set(args.rows or []) - set(names):
         parser.error(f'--rows: {", ".join(sorted(unknown))} not in the table; it has {", ".join(names)}')
     if args.rows:
         tables = [table._replace(rows=tuple(row for row in table.rows if row.name in args.rows)) for table in tables]
+    if args.small:
+        tables = [table._replace(rows=tuple(row._replace(twin=args.small) for row in table.rows)) for table in tables]
     return args, tables
 
 
@@ -77,10 +88,10 @@ def main() -> None:
     args, tables = parse_args()
     # It tells on stdout of each environment variable that a config reads, between the commands of a dry run.
     MMLogger.get_current_instance().setLevel('WARNING')
-    kind = 'small' if args.small else 'study' if all(table.is_ours for table in tables) else 'paper'
+    kind = f'small_{args.small}' if args.small else 'study' if all(table.is_ours for table in tables) else 'paper'
     work_dir = args.work_dir or Path('work_dirs') / kind
     root = Path(os.path.relpath(ROOT)) if Path.cwd().is_relative_to(ROOT) else ROOT
-    setting = Setting(root, work_dir, args.gpus, args.small, tuple(args.cfg_options))
+    setting = Setting(root, work_dir, args.gpus, tuple(args.cfg_options))
     results = {}
     for table in tables:
         if args.dry_run:

@@ -97,7 +97,7 @@ class Machine:
     @cached_property
     def config(self) -> Config:
         """Of the row."""
-        config = load(self.configs / self.row.file).copy()
+        config = load(self.row, self.configs).copy()
         config.merge_from_dict(self.row.options_for(config))
         return config
 
@@ -105,7 +105,7 @@ class Machine:
     def all_configs(self) -> list[Config]:
         """Of every training run that tools/reproduce.py makes for the paper's tables and figures."""
         runs = {row.run: row for table in TABLES if table.number != '8' for row in table.rows}
-        return [load(self.configs / row.file) for row in runs.values()]
+        return [load(row, self.configs) for row in runs.values()]
 
 
 def check_software(machine: Machine) -> Iterator[Result]:

@@ -136,7 +136,7 @@ def _read_run(work_dir: Path) -> Run:
     for file in sorted(work_dir.glob('*/vis_data/scalars.json')):  # in the order of time
         with errors_name_file(file, 'is no log of mmengine'):
             for line in file.read_text().splitlines(keepends=True):
-                if '_mAP' not in line:
+                if '_mAP' not in line and 'accuracy/' not in line:
                     continue
                 try:
                     logged = json.loads(line)
@@ -178,11 +178,13 @@ def _names_of_aps(config: Config) -> list[str]:
 
 
 def _percent(line: Mapping[str, Any]) -> dict[str, float]:
-    """The APs of a log line, in percent. COCO's -1 (no object of that size) is left out."""
+    """The APs and accuracies of a log line, in percent. COCO's -1 (no object of that size) is left out."""
+    percent = {'_mAP': 100, 'accuracy/': 1}
     return {
-        key.rpartition('/')[2]: 100 * value
+        key.rpartition('/')[2]: factor * value
         for key, value in line.items()
-        if '_mAP' in key and isinstance(value, int | float) and value >= 0
+        for part, factor in percent.items()
+        if part in key and isinstance(value, int | float) and value >= 0
     }
 
 
@@ -230,7 +232,7 @@ def collect(table: Table, runs: Iterable[Run], configs: Path) -> dict[str, list[
 
 
 def _differences(run: Run, row: Row, gpus: int, configs: Path) -> tuple[str, ...]:
-    config = load(configs / row.file)
+    config = load(row, configs)
     merged = config.copy()
     merged.merge_from_dict(row.options_for(config))
     recipe = {**settings_of(merged), 'GPUs': gpus}

@@ -40,7 +40,7 @@ def markdown(table: Table, entries: Mapping[str, list[Entry]], trials: int = 1, 
     missing = []
     for row in table.rows:
         config = row.config if links is None else f'[{row.config}]({links}{row.config}.py)'
-        if row.options or row.times_images > 1:
+        if row.is_changed:
             config += f', {_options_in_words(row)}'
         paper = [f'{row.paper[metric]:.1f}' if metric in row.paper else '' for metric in table.metrics]
         body.append([*row.labels, 'paper' if row.paper else 'paper: no number', *paper, config])
@@ -149,7 +149,7 @@ def _trials(runs: list[Run]) -> str:
 
 def _short(metric: str) -> str:
     """``box AP50`` for ``bbox_mAP_50``. Other names stay as they are."""
-    return metric.replace('bbox_mAP', 'box AP').replace('segm_mAP', 'mask AP').replace('_', '')
+    return metric.replace('bbox_mAP', 'box AP').replace('segm_mAP', 'mask AP').replace('top1', 'top-1').replace('_', '')
 
 
 def _with_deviation(value: float, deviation: float | None) -> str:
@@ -158,8 +158,10 @@ def _with_deviation(value: float, deviation: float | None) -> str:
 
 def _options_in_words(row: Row) -> str:
     words = {f'{key.rpartition(".")[2]}={value}' for key, value in row.options.items()}
-    if row.times_images > 1:
-        words.add(f'{row.times_images} times the images per GPU and the learning rate')
+    if row.times_images != 1:
+        words.add(f'{row.times_images:g} times the images per GPU and the learning rate')
+    if row.burn_in is not None:
+        words.add(f'burn-in for {row.burn_in:.0%} of the epochs')
     return ', '.join(sorted(words))
 
 

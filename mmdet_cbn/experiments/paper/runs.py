@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from mmengine.config import Config
 
@@ -40,14 +41,12 @@ class Setting:
         root: The folder that holds ``configs`` and ``tools``.
         work_dir: The folder for the runs.
         gpus: Number of GPUs. With 1, train.py runs without a launcher, and on the CPU if there is no GPU.
-        small: Whether to train small versions of the rows on drawn shapes.
         options: Further --cfg-options, as on the command line.
     """
 
     root: Path
     work_dir: Path
     gpus: int = 4
-    small: bool = False
     options: tuple[str, ...] = ()
 
 
@@ -67,19 +66,14 @@ class Trial:
         return self.setting.work_dir / self.row.run / f'seed-{self.seed}'
 
     @property
-    def environment(self) -> dict[str, str]:
-        """Additional environment variables for the commands."""
-        return {'CBN_ROW': self.row.config} if self.setting.small else {}
-
-    @property
     def config(self) -> Path:
-        return self.setting.root / 'configs' / ('small/r18_shapes.py' if self.setting.small else self.row.file)
+        return self.setting.root / 'configs' / self.row.file
 
     @property
     def options(self) -> list[str]:
         """--cfg-options. Those of the setting come last and win."""
         return [
-            *(f'{key}={value}' for key, value in self.row.options_for(load(self.config)).items()),
+            *(f'{key}={value}' for key, value in self.row.options_for(load(self.row, self.config.parents[1])).items()),
             f'randomness.seed={self.seed}',
             *self.setting.options,
         ]
@@ -103,7 +97,7 @@ class Trial:
 
     def last_checkpoint(self) -> Path:
         """Path of the last epoch's checkpoint, which may not exist yet."""
-        config = load(self.config).copy()
+        config = load(self.row, self.config.parents[1]).copy()
         config.merge_from_dict(dict(option.split('=', 1) for option in self.options))
         return self.work_dir / f'epoch_{config.train_cfg.max_epochs}.pth'
 
@@ -160,15 +154,16 @@ class Trial:
             )
 
 
-def load(config: Path) -> Config:
-    """The config. Do not change it, because it is cached."""
-    return _load(config, os.environ.get('COCO_ROOT'))
+def load(row: Row, configs: Path) -> Config:
+    """The config of a row, or of its twin, in the folder ``configs``. Do not change it, because it is cached."""
+    roots = {key: value for key, value in os.environ.items() if key.endswith('_ROOT')}  # configs use these
+    return _load(configs / row.file, tuple({**roots, **row.environment}.items()))
 
 
 @cache
-def _load(config: Path, coco_root: str | None) -> Config:
-    """Read a config. The cache has one for each value of COCO_ROOT, which configs use."""
-    return Config.fromfile(config)
+def _load(config: Path, environment: tuple[tuple[str, str], ...]) -> Config:
+    with mock.patch.dict(os.environ, environment):
+        return Config.fromfile(config)
 
 
 def evaluations(work_dir: Path) -> list[dict[str, Any]]:
@@ -184,7 +179,7 @@ def evaluations(work_dir: Path) -> list[dict[str, Any]]:
             continue
         if not isinstance(metrics, dict):
             continue
-        if any(key.endswith('_mAP') for key in metrics):
+        if any(key.endswith('_mAP') or key.startswith('accuracy/') for key in metrics):
             found.append(metrics)
         elif (log := file.with_suffix('.log')).is_file() and NOTHING_DETECTED in log.read_text():
             found.append({})
@@ -202,7 +197,7 @@ def describe(trial: Trial) -> list[str]:
     lines = [f'# {trial}']
     if trial.is_evaluated():
         return [f'{lines[0]}: finished']
-    variables = [f'{name}={shlex.quote(value)}' for name, value in trial.environment.items()]
+    variables = [f'{name}={shlex.quote(value)}' for name, value in trial.row.environment.items()]
     commands = [trial.evaluation()] if trial.is_trained() else [trial.training(), trial.evaluation()]
     return lines + [' '.join([*variables, shlex.join(command)]) for command in commands]
 
@@ -232,7 +227,7 @@ def run(trial: Trial, environment: dict[str, str], announce: Callable[[str], Non
                 if is_done():
                     continue
                 announce(f'{trial}: {name}')
-                status = _call(command(), {**environment, **trial.environment}, lock)
+                status = _call(command(), {**environment, **trial.row.environment}, lock)
                 if status or not is_done():
                     reason = f'exit status {status}' if status else 'the command ended well, but left no result'
                     return f'FAILED: {name} ({reason}); logs in {trial.work_dir}'

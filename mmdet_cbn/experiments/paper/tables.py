@@ -1,6 +1,7 @@
 """The paper's results on COCO as data: Tables 5 to 8 and the COCO halves of Figures 3 and 5, row by row.
 
-This is the one place where they stand. Each row names the config of configs/cbn that makes it.
+This is the one place where they stand. Each row names the config of configs/cbn that makes it. imagenet.py has the
+paper's results on ImageNet.
 """
 
 from typing import Any, NamedTuple
@@ -18,29 +19,41 @@ class Row(NamedTuple):
     config: str  #: a file of configs/``folder``, without ``.py``
     paper: dict[str, float]  #: the paper's numbers by metric, APs in percent; of a figure, those that the text gives
     options: dict[str, Any] = {}  # noqa: RUF012  #: --cfg-options, by key
-    times_images: int = 1  #: how many times the config's images per GPU
+    times_images: float = 1  #: how many times the config's images per GPU
+    burn_in: float | None = None  #: part of the training, where it is not the config's
     folder: str = 'cbn'
+    twin: str | None = None  #: end of the name of a small twin in configs/small, which is trained instead of the config
 
     @property
     def file(self) -> str:
-        """Path of the config under configs."""
-        return f'{self.folder}/{self.config}.py'
+        """Path under configs of what is trained."""
+        return f'{self.folder}/{self.config}.py' if self.twin is None else f'small/r18_{self.twin}.py'
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What the file reads: a twin, the name of the config."""
+        return {} if self.twin is None else {'CBN_ROW': self.config}
 
     @property
     def run(self) -> str:
         """Name of the training run. Several rows may share a run."""
-        return f'{self.config}+{self.name}' if self.options or self.times_images > 1 else self.config
+        return f'{self.config}+{self.name}' if self.is_changed else self.config
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether it is trained with more than its config."""
+        return bool(self.options) or self.times_images != 1 or self.burn_in is not None
 
     def options_for(self, config: Any) -> dict[str, Any]:
         """All --cfg-options, by key, for ``config`` (the row's own or its small twin's), where the learning rate is
         linear in the images."""
-        if self.times_images == 1:
-            return self.options
-        return {
-            **self.options,
-            'train_dataloader.batch_size': config.train_dataloader.batch_size * self.times_images,
-            'optim_wrapper.optimizer.lr': config.optim_wrapper.optimizer.lr * self.times_images,
-        }
+        options = dict(self.options)
+        if self.times_images != 1:
+            options['train_dataloader.batch_size'] = round(config.train_dataloader.batch_size * self.times_images)
+            options['optim_wrapper.optimizer.lr'] = config.optim_wrapper.optimizer.lr * self.times_images
+        if self.burn_in is not None:
+            options['custom_hooks.0.burn_in_epochs'] = round(config.train_cfg.max_epochs * self.burn_in)
+        return options
 
 
 class Table(NamedTuple):
@@ -65,7 +78,7 @@ class Table(NamedTuple):
     @property
     def number(self) -> str:
         """The paper's number: ``'6'`` for both parts of Table 6, or ``'figure3'``."""
-        return self.name if self.is_ours else self.name.removeprefix('table').partition('-')[0]
+        return self.name if self.is_figure else self.name.removeprefix('table').partition('-')[0]
 
 
 def _row(name: str, labels: tuple[str | float, ...], config: str, metrics: tuple[str, ...], *numbers: float) -> Row:

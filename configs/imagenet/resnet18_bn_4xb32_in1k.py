@@ -1,0 +1,5 @@
+"""ResNet-18 with BN, the paper's base model."""
+
+_base_ = ['mmpretrain::_base_/models/resnet18.py', '../_base_/imagenet_100e.py', '../_base_/bn.py']
+
+model = dict(backbone=dict(norm_cfg=_base_.norm_cfg))

@@ -1,0 +1,145 @@
+"""The rows of the paper's ImageNet tables have its settings (section 4.1). Their small twins train on Imagenette."""
+
+import json
+import runpy
+import sys
+
+import cv2
+import numpy as np
+import pytest
+from conftest import ROOT
+from mmengine.registry import DefaultScope
+from mmengine.runner import Runner
+from torch import nn
+
+from mmdet_cbn import BRN, CBN
+from mmdet_cbn.experiments.paper.imagenet import FIGURE3, FIGURE5, IMAGENET, TABLE2, TABLE3, TABLE9
+from mmdet_cbn.experiments.paper.runs import load
+from mmdet_cbn.window.ring import suggested_window_size
+
+CONFIGS = ROOT / 'configs'
+NORMS = {'BN': nn.BatchNorm2d, 'GN': nn.GroupNorm, 'BRN': BRN, 'CBN': CBN}
+
+
+def config_of(row):
+    config = load(row, CONFIGS).copy()
+    config.merge_from_dict(row.options_for(config))
+    return config
+
+
+def window_size_of(row):
+    config = config_of(row)
+    size = config.model.backbone.norm_cfg.get('window_size', 1)
+    return suggested_window_size(config.train_dataloader.batch_size) if size == 'auto' else size
+
+
+def test_each_config_is_of_a_row():
+    used = {row.config for table in IMAGENET for row in table.rows}
+    assert used == {file.stem for file in (CONFIGS / 'imagenet').glob('*.py')}
+
+
+@pytest.mark.parametrize('table', IMAGENET, ids=lambda table: table.name)
+def test_all_rows_have_the_papers_schedule(table):
+    for row in table.rows:
+        config = config_of(row)
+        images = config.train_dataloader.batch_size
+        optimizer = dict(type='SGD', lr=0.1 * images / 32, momentum=0.9, weight_decay=0.0001)
+        assert config.optim_wrapper == dict(optimizer=optimizer), 'no weight is left out of the decay'
+        assert config.train_cfg.max_epochs == config.param_scheduler.T_max == 100
+        assert config.param_scheduler.type == 'CosineAnnealingLR'
+        assert (config.model.backbone.depth, config.model.head.num_classes) == (18, 1000)
+        crop, flip = config.train_dataloader.dataset.pipeline[1:3]
+        assert (crop.type, crop.scale, flip.type) == ('RandomResizedCrop', 224, 'RandomFlip')
+
+
+@pytest.mark.parametrize(('norm', 'type', 'groups'), [('IN', 'IN', None), ('LN', 'GN', 1), ('GN', 'GN', 32)])
+def test_table2_has_the_normalizers_that_do_not_look_at_the_batch(norm, type, groups):
+    (row,) = (row for row in TABLE2.rows if row.labels == (norm,))
+    norm_cfg = config_of(row).model.backbone.norm_cfg
+    assert (norm_cfg.type, norm_cfg.get('num_groups')) == (type, groups)
+
+
+def test_table3_has_16_images_in_the_window():
+    for row in TABLE3.rows:
+        norm, images = row.labels
+        config = config_of(row)
+        assert (config.model.backbone.norm_cfg.type, config.train_dataloader.batch_size) == (norm, images)
+        if norm == 'CBN':
+            assert images * window_size_of(row) == max(images, 16)
+            assert config.model.backbone.norm_cfg.gradient == 'batch'
+            assert config.custom_hooks[0].burn_in_epochs == 25
+    assert sum(not row.paper for row in TABLE3.rows) == 2, 'BN and BRN with 1 image give no result'
+
+
+def test_table9_has_the_orders():
+    norms = [config_of(row).model.backbone.norm_cfg for row in TABLE9.rows]
+    assert [norm.get('order', 1) for norm in norms] == [1, 0, 1, 2] and norms[0].type == 'BN'
+    assert {config_of(row).train_dataloader.batch_size for row in TABLE9.rows} == {4}
+    assert [window_size_of(row) for row in TABLE9.rows] == [1, 4, 4, 4], '3 iterations for the approximation'
+
+
+def test_figure3_has_the_sizes_of_the_window():
+    for row in FIGURE3.rows:
+        method, k = row.labels
+        config = config_of(row)
+        assert config.train_dataloader.batch_size == (4 * k if method == 'BN' else 4)
+        assert window_size_of(row) == (1 if method == 'BN' else k)
+        assert config.model.backbone.norm_cfg.get('order', 1) == (0 if method == 'Naive CBN' else 1)
+
+
+def test_figure5_has_the_burn_in():
+    for row in FIGURE5.rows:
+        config, epochs = config_of(row), row.labels[1]
+        if epochs == 100:
+            assert config.model.backbone.norm_cfg.type == 'BN'
+        else:
+            assert config.custom_hooks[0].burn_in_epochs == epochs
+    twins = [config_of(row._replace(twin='imagenette')) for row in FIGURE5.rows if row.labels[1] < 100]
+    assert [twin.custom_hooks[0].burn_in_epochs for twin in twins] == [0, 0, 1, 2, 4, 6], 'of 8 epochs'
+
+
+@pytest.fixture
+def imagenette(tmp_path, monkeypatch):
+    """Two random images of each of ten classes, in the folders of Imagenette."""
+    rng = np.random.default_rng(0)
+    for split in ('train', 'val'):
+        for name in range(10):
+            folder = tmp_path / 'imagenette' / split / f'n{name}'
+            folder.mkdir(parents=True)
+            for number in range(2):
+                cv2.imwrite(str(folder / f'{number}.jpg'), rng.integers(0, 256, (112, 130, 3), dtype=np.uint8))
+    monkeypatch.setenv('IMAGENETTE_ROOT', str(tmp_path / 'imagenette'))
+
+
+@pytest.mark.parametrize('norm', ['bn', 'gn', 'brn', 'cbn', 'in', 'ln'])
+def test_the_twin_of_each_config_trains_and_is_evaluated(norm, imagenette, tmp_path):
+    row = next(row for table in IMAGENET for row in table.rows if f'_{norm}_' in row.config)
+    config = config_of(row._replace(twin='imagenette', times_images=1 / 8))
+    changes = {'train_cfg.max_epochs': 1, 'param_scheduler.T_max': 1, 'work_dir': str(tmp_path)}
+    config.merge_from_dict({**changes, **({'custom_hooks.0.burn_in_epochs': 0} if norm == 'cbn' else {})})
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        runner = Runner.from_cfg(config)
+        runner.train()
+    assert 0 <= runner.message_hub.get_scalar('val/accuracy/top1').current() <= 100
+    assert runner.message_hub.get_scalar('train/loss').current() < 100
+    norms = [module for name, module in runner.model.named_modules() if name.rpartition('.')[2].startswith('bn')]
+    for module in norms:
+        assert isinstance(module, NORMS.get(norm.upper(), nn.Module))
+        assert norm != 'cbn' or module.window_length == 4
+
+
+@pytest.mark.slow
+def test_a_row_is_trained_and_reported(imagenette, tmp_path, monkeypatch):
+    def tool(name, *arguments):
+        monkeypatch.setattr(sys, 'argv', [name, *map(str, arguments)])
+        runpy.run_path(str(ROOT / 'tools' / name), run_name='__main__')
+
+    arguments = ['--table', '3', '--rows', 'cbn-4', '--small', 'imagenette', '--gpus', '1', '--trials', '1']
+    changes = ['train_cfg.max_epochs=1', 'param_scheduler.T_max=1', 'custom_hooks.0.burn_in_epochs=0']
+    with pytest.raises(SystemExit) as end:
+        tool('reproduce.py', *arguments, '--work-dir', tmp_path / 'runs', '--cfg-options', *changes)
+    assert end.value.code == 0
+    (metrics,) = (tmp_path / 'runs').rglob('test/*/*.json')
+    top1 = json.loads(metrics.read_text())['accuracy/top1']
+    tool('report.py', tmp_path / 'runs', '--table', '3', '--out', tmp_path / 'report')
+    assert f'| ours, 1 trial, not as in the paper (1) | {top1:.1f} |' in (tmp_path / 'report/table3.md').read_text()
