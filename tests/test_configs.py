@@ -281,6 +281,27 @@ def test_a_small_twin_is_its_row_made_small(name, data, monkeypatch):
     assert model.roi_head.bbox_head.num_classes == dict(coco=80, shapes=4)[data]
 
 
+@pytest.mark.parametrize('name', [name for name, recipe in RECIPES.items() if recipe.detector == 'FasterRCNN'])
+def test_the_twin_on_photographs_is_its_row_made_small(name, monkeypatch):
+    recipe = RECIPES[name]
+    monkeypatch.setenv('CBN_ROW', f'{name}_1x_coco')
+    config = load('small/r18_facemask')
+    model = build(config)
+    active = recipe.backbone != FIXED
+    assert {type(m) for m in norms(model.backbone)} == {NORMS[recipe.backbone if active else 'BN']}
+    for part, count in heads_of(model)[1:]:
+        assert [type(m) for m in norms(part)] == ([] if recipe.heads == '-' else [NORMS[recipe.heads]] * count)
+    assert {m.num_groups for m in norms(model) if isinstance(m, nn.GroupNorm)} <= {8}
+    frozen = {key.split('.')[1] for key, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {'conv1', 'bn1' if recipe.backbone != 'GN' else 'gn1', 'layer1'}, 'as in the row'
+    assert recipe.backbone == 'GN' or all(m.training == active for m in norms(model.backbone.layer2))
+    weights = config.model.backbone.init_cfg
+    assert weights.prefix == 'backbone.' and ('_gn_' in weights.checkpoint) == (recipe.backbone == 'GN')
+    assert config.get('custom_hooks') == (recipe.hook and [recipe.hook])
+    assert config.optim_wrapper.optimizer == dict(type='SGD', lr=0.005, momentum=0.9, weight_decay=0.0001)
+    assert (config.train_dataloader.batch_size, config.train_cfg.max_epochs) == (4, 12)
+
+
 def test_the_config_in_the_readme_builds():
     (snippet,) = re.findall(r'```python\n(_base_ = .*?)```', (ROOT / 'README.md').read_text(), re.DOTALL)
     config = Config.fromstring(snippet, '.py')

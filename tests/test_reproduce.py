@@ -455,7 +455,8 @@ def test_a_small_twin_multiplies_its_own_images():
     ('arguments', 'message'),
     [
         (['--table', '1'], "argument --table: invalid choice: '1'"),
-        (['--table', '3', '--small'], '--small: the rows of table 3 have the twins imagenette, got shapes'),
+        (['--table', '3', '--small'], '--small must be imagenette for row bn-32, got shapes'),
+        (['--table', '6', '--small', 'facemask'], '--small must be shapes for row mask-r50-gn, got facemask'),
         (['--table', '5', '--rows', 'bn', 'cbn-head'], '--rows: bn not in the table; it has none, bn-head, '),
         (['--table', '5', '--gpus', '0'], '--gpus must be 1 or more, got 0'),
         (['--table', '5', '--trials', '-1'], '--trials must be 1 or more, got -1'),

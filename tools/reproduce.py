@@ -23,8 +23,8 @@ from mmdet_cbn.experiments.paper.tables import TABLES as PAPER
 from mmdet_cbn.experiments.paper.tables import Table
 
 TABLES = (*PAPER, *IMAGENET, *STUDY)
-# The twins of configs/small, and the folder of the configs whose twins they are.
-TWINS = {'shapes': 'cbn', 'imagenette': 'imagenet'}
+# The twins of configs/small, and how the configs begin whose twins they are.
+TWINS = {'shapes': 'cbn/', 'facemask': 'cbn/faster-rcnn', 'imagenette': 'imagenet/'}
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -48,18 +48,18 @@ def parse_args() -> tuple[argparse.Namespace, list[Table]]:
     if wrong := [option for option in args.cfg_options if '=' not in option]:
         parser.error(f'--cfg-options must be KEY=VALUE, got {wrong[0]}')
     tables = [table for table in TABLES if table.number in args.table]
-    for table in tables if args.small else ():
-        if table.is_ours:
-            parser.error('--small: the tables of our study have no small versions; they are small')
-        if table.rows[0].folder != TWINS[args.small]:
-            fitting = ' or '.join(name for name, folder in TWINS.items() if folder == table.rows[0].folder)
-            parser.error(f'--small: the rows of table {table.number} have the twins {fitting}, got {args.small}')
+    if args.small and any(table.is_ours for table in tables):
+        parser.error('--small: the tables of our study have no small versions; they are small')
     names = [row.name for table in tables for row in table.rows]
     if unknown := set(args.rows or []) - set(names):
         parser.error(f'--rows: {", ".join(sorted(unknown))} not in the table; it has {", ".join(names)}')
     if args.rows:
         tables = [table._replace(rows=tuple(row for row in table.rows if row.name in args.rows)) for table in tables]
     if args.small:
+        for row in (row for table in tables for row in table.rows):
+            fitting = [name for name, begin in TWINS.items() if row.file.startswith(begin)]
+            if args.small not in fitting:
+                parser.error(f'--small must be {" or ".join(fitting)} for row {row.name}, got {args.small}')
         tables = [table._replace(rows=tuple(row._replace(twin=args.small) for row in table.rows)) for table in tables]
     return args, tables
 

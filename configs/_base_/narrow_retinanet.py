@@ -4,7 +4,7 @@ _base_ = ['mmdet::_base_/models/retinanet_r50_fpn.py', './narrow.py']
 
 narrow_channels = _base_.narrow_channels
 model = dict(
-    backbone=_base_.narrow_backbone,
+    backbone=_base_.narrow_from_scratch,
     neck=dict(_base_.narrow_neck, num_outs=3),
     bbox_head=dict(
         in_channels=narrow_channels,

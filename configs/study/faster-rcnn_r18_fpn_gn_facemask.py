@@ -1,6 +1,6 @@
 _base_ = ['../_base_/facemask_faster_rcnn.py', '../_base_/gn.py']
 
-norm_cfg = dict(_base_.norm_cfg, num_groups=8)  # the layers have 16 to 128 channels
+norm_cfg = dict(_base_.norm_cfg, num_groups=_base_.narrow_groups)
 model = dict(
     backbone=dict(norm_cfg=norm_cfg),
     neck=dict(norm_cfg=norm_cfg),
