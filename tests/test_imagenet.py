@@ -13,7 +13,16 @@ from mmengine.runner import Runner
 from torch import nn
 
 from mmdet_cbn import BRN, CBN
-from mmdet_cbn.experiments.paper.imagenet import FIGURE3, FIGURE5, IMAGENET, TABLE2, TABLE3, TABLE9
+from mmdet_cbn.experiments.paper.imagenet import (
+    CLASSIFICATION,
+    CLASSIFICATION_RATES,
+    FIGURE3,
+    FIGURE5,
+    IMAGENET,
+    TABLE2,
+    TABLE3,
+    TABLE9,
+)
 from mmdet_cbn.experiments.paper.runs import load
 from mmdet_cbn.window.ring import suggested_window_size
 
@@ -96,6 +105,24 @@ def test_figure5_has_the_burn_in():
             assert config.custom_hooks[0].burn_in_epochs == epochs
     twins = [config_of(row._replace(twin='imagenette')) for row in FIGURE5.rows if row.labels[1] < 100]
     assert [twin.custom_hooks[0].burn_in_epochs for twin in twins] == [0, 0, 1, 2, 4, 6], 'of 8 epochs'
+
+
+@pytest.mark.parametrize('table', [CLASSIFICATION, CLASSIFICATION_RATES], ids=lambda table: table.name)
+def test_our_study_has_the_papers_rate_for_each_image(table):
+    for row in table.rows:
+        method = row.labels[0]
+        config = config_of(row)
+        images, rate = config.train_dataloader.batch_size, row.labels[1] if table is CLASSIFICATION_RATES else 1
+        assert f'{images} images' in method or images == row.labels[1]
+        assert config.optim_wrapper.optimizer.lr == pytest.approx(0.1 / (4 * 32) * images * rate)
+        assert row.twin == 'imagenette' and config.train_cfg.max_epochs == 8
+        norm = config.model.backbone.norm_cfg
+        if 'CBN' in method:
+            assert images * window_size_of(row) == 16 and config.custom_hooks[0].burn_in_epochs == 2
+            assert norm.get('order', 1) == (0 if 'Naive' in method else 2 if 'order 2' in method else 1)
+            assert 'gradient' not in method or f'gradient {norm.gradient}' in method
+        else:
+            assert method.startswith(norm.type)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from conftest import ROOT
 
 from mmdet_cbn import CBN
 from mmdet_cbn.experiments.analysis.gradients import GradientRatioHook
+from mmdet_cbn.experiments.paper.fine_tuning import FINE_TUNING
 from mmdet_cbn.experiments.paper.logs import Run, collect, find_runs, settings_of, store_runs
 from mmdet_cbn.experiments.paper.report import markdown, overview, plot_figure, write_report
 from mmdet_cbn.experiments.paper.runs import Setting, Trial, load, trials_of
@@ -127,6 +128,26 @@ def test_gradients_are_compared_with_all_else_equal(table):
                 assert ends[0] == ends[1]
             else:
                 assert not changed
+
+
+def test_fine_tuning_differs_in_normalizers_and_images_only():
+    reference = settings_of(config_of(row_of(FINE_TUNING, 'BN, everywhere', 4)))
+    for row in FINE_TUNING.rows:
+        method, images = row.labels
+        config = config_of(row)
+        optimizer = dict(type='SGD', lr=0.00125 * images, momentum=0.9, weight_decay=0.0001)
+        assert config.optim_wrapper.optimizer == optimizer and images_of(row) == images
+        allowed = ('norm', 'custom_hooks', 'batch_size', 'optimizer.lr', 'init_cfg.checkpoint')
+        changed = {key for key, value in settings_of(config).items() if reference.get(key) != value}
+        assert all(any(word in key for word in allowed) for key in changed), method
+        assert ('init_cfg.checkpoint' in ' '.join(changed)) == method.startswith('GN, everywhere')
+        hooks = [hook.type for hook in config.get('custom_hooks', [])]
+        assert hooks == ['CBNBurnInHook'] * ('CBN' in method) + ['PopulationStatisticsHook'] * ('population' in method)
+        norm = config.model.neck.get('norm_cfg')
+        if 'CBN' in method:
+            assert norm.window_size == suggested_window_size(images)
+            assert 'gradient' not in method or f'gradient {norm.gradient}' in method
+            assert ('Naive' in method, '64' in method) == (norm.get('order') == 0, norm.get('samples') == 64)
 
 
 def test_sgd_is_as_in_the_paper_and_the_window_alone_varies():

@@ -1,6 +1,7 @@
 """The paper's results of ResNet-18 on ImageNet as data: Tables 2, 3 and 9 and the ImageNet halves of Figures 3 and 5.
 
-Each row names the config of configs/imagenet that makes it.
+Each row names the config of configs/imagenet that makes it. Our study of classification trains small twins of these
+configs, on Imagenette.
 """
 
 from typing import Any
@@ -20,9 +21,9 @@ def _row(name: str, labels: tuple[str | float, ...], images: int, norm: str, top
         images: Per GPU.
         norm: As in the config's name.
         top1: The paper's number; None if the paper has none.
-        **changes: Arguments of the normalizer, and ``burn_in``, as of :class:`Row`.
+        **changes: Arguments of the normalizer, and ``burn_in``, ``times_rate`` and ``twin``, as of :class:`Row`.
     """
-    burn_in = changes.pop('burn_in', None)
+    of_row = {key: changes.pop(key) for key in ('burn_in', 'times_rate', 'twin') if key in changes}
     return Row(
         name,
         labels,
@@ -30,8 +31,8 @@ def _row(name: str, labels: tuple[str | float, ...], images: int, norm: str, top
         {} if top1 is None else {'top1': top1},
         {f'model.backbone.norm_cfg.{key}': value for key, value in changes.items()},
         times_images=images / _OF_CONFIG,
-        burn_in=burn_in,
         folder='imagenet',
+        **of_row,
     )
 
 
@@ -55,10 +56,14 @@ _TABLE3 = {
 }
 
 
-def _table3_row(norm: str, images: int, top1: float | None) -> Row:
+def _window(norm: str, images: int) -> dict[str, Any]:
     # "The number of effective examples is no fewer than 16", so that k is 16 with 1 image, beyond the rule's 8.
-    window: dict[str, Any] = {'window_size': 16} if (norm, images) == ('CBN', 1) else {}
-    return _row(f'{norm.lower()}-{images}', (norm, images), images, norm.lower(), top1, **window)
+    return {'window_size': 16} if (norm, images) == ('cbn', 1) else {}
+
+
+def _table3_row(norm: str, images: int, top1: float | None) -> Row:
+    name = norm.lower()
+    return _row(f'{name}-{images}', (norm, images), images, name, top1, **_window(name, images))
 
 
 TABLE3 = Table(
@@ -126,3 +131,60 @@ FIGURE5 = Table(
 )
 
 IMAGENET = (TABLE2, TABLE3, TABLE9, FIGURE3, FIGURE5)
+
+_METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    'BN': ('bn', {}),
+    'GN': ('gn', {}),
+    'BRN': ('brn', {}),
+    'Naive CBN': ('cbn', {'order': 0}),
+    'CBN, gradient batch': ('cbn', {}),
+    'CBN, gradient 0.25': ('cbn', {'gradient': 0.25}),
+    'CBN, 64 samples, gradient 0.25': ('cbn', {'samples': 64, 'gradient': 0.25}),
+    'CBN, order 2, gradient 0.25': ('cbn', {'order': 2, 'gradient': 0.25}),
+}
+
+
+def _ours(method: str, images: int, rate: float = 1) -> Row:
+    norm, arguments = _METHODS[method]
+    words = ['small', *method.lower().replace(', ', ' ').split(), str(images), *[f'rate-{rate}'] * (rate != 1)]
+    changes = {**arguments, **_window(norm, images), 'times_rate': rate, 'twin': 'imagenette'}
+    return _row('-'.join(words), (method, images), images, norm, None, **changes)
+
+
+def _of_rate(method: str, images: int, rate: float) -> Row:
+    return _ours(method, images, rate)._replace(labels=(f'{method}, {images} images', rate))
+
+
+CLASSIFICATION = Table(
+    name='study-classification',
+    title='Classification of Imagenette with SGD',
+    labels=('method', 'images per step'),
+    metrics=METRICS,
+    rows=(
+        *(_ours(method, images) for method in ('BN', 'GN', 'BRN') for images in _BATCH_SIZES),
+        *(
+            _ours(method, images)
+            for method in ('Naive CBN', 'CBN, gradient batch', 'CBN, gradient 0.25')
+            for images in (8, 4, 2, 1)
+        ),
+        _ours('CBN, 64 samples, gradient 0.25', 4),
+        _ours('CBN, order 2, gradient 0.25', 4),
+    ),
+    gpus=1,
+)
+_RATES = (1, 2, 4, 8)
+CLASSIFICATION_RATES = Table(
+    name='study-classification-rate',
+    title='Classification of Imagenette: learning rates',
+    labels=('method', "times the paper's learning rate"),
+    metrics=METRICS,
+    rows=(
+        *(_of_rate('BN', 32, rate) for rate in _RATES),
+        *(
+            _of_rate(method, 2, rate)
+            for method in ('BN', 'Naive CBN', 'CBN, gradient batch', 'CBN, gradient 0.25')
+            for rate in _RATES
+        ),
+    ),
+    gpus=1,
+)

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from ...layers.gradient import Gradient
 from ...window.ring import suggested_window_size
+from .fine_tuning import FINE_TUNING
+from .imagenet import CLASSIFICATION, CLASSIFICATION_RATES
 from .tables import BOX, Row, Table
 
 METRICS = BOX[:5]  # there are few large objects
@@ -268,5 +270,6 @@ SGD = _table(
     ),
 )
 STUDY = (
-    IMAGES, WINDOW, BURN_IN, RATE, RUNNING, GRADIENT, ORDER, PHOTOGRAPHS, PHOTOGRAPHS_FASTER, SGD
+    IMAGES, WINDOW, BURN_IN, RATE, RUNNING, GRADIENT, ORDER, PHOTOGRAPHS, PHOTOGRAPHS_FASTER, SGD, FINE_TUNING,
+    CLASSIFICATION, CLASSIFICATION_RATES,
 )  # fmt: skip

@@ -20,6 +20,7 @@ class Row(NamedTuple):
     paper: dict[str, float]  #: the paper's numbers by metric, APs in percent; of a figure, those that the text gives
     options: dict[str, Any] = {}  # noqa: RUF012  #: --cfg-options, by key
     times_images: float = 1  #: how many times the config's images per GPU
+    times_rate: float = 1  #: how many times the learning rate for each image
     burn_in: float | None = None  #: part of the training, where it is not the config's
     folder: str = 'cbn'
     twin: str | None = None  #: end of the name of a small twin in configs/small, which is trained instead of the config
@@ -42,7 +43,7 @@ class Row(NamedTuple):
     @property
     def is_changed(self) -> bool:
         """Whether it is trained with more than its config."""
-        return bool(self.options) or self.times_images != 1 or self.burn_in is not None
+        return bool(self.options) or (self.times_images, self.times_rate, self.burn_in) != (1, 1, None)
 
     def options_for(self, config: Any) -> dict[str, Any]:
         """All --cfg-options, by key, for ``config`` (the row's own or its small twin's), where the learning rate is
@@ -50,7 +51,9 @@ class Row(NamedTuple):
         options = dict(self.options)
         if self.times_images != 1:
             options['train_dataloader.batch_size'] = round(config.train_dataloader.batch_size * self.times_images)
-            options['optim_wrapper.optimizer.lr'] = config.optim_wrapper.optimizer.lr * self.times_images
+        if self.times_images * self.times_rate != 1:
+            rate = config.optim_wrapper.optimizer.lr * self.times_images * self.times_rate
+            options['optim_wrapper.optimizer.lr'] = rate
         if self.burn_in is not None:
             options['custom_hooks.0.burn_in_epochs'] = round(config.train_cfg.max_epochs * self.burn_in)
         return options

@@ -1,0 +1,59 @@
+"""Our study of fine-tuning: the kinds of rows of Table 5 by their small twin on photographs, with 1, 2 and 4 images."""
+
+from typing import Any
+
+from ...window.ring import suggested_window_size
+from .tables import BOX, Row, Table
+
+_OF_CONFIG = 4  # images per step
+_SHARED = {'train_cfg.val_interval': 3}  # an evaluation takes a third of an epoch's time
+_METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    'BN': ('bn', {}),
+    'BN, population statistics': ('bn', {}),
+    'GN': ('gn', {}),
+    'BRN': ('brn', {}),
+    'Naive CBN': ('cbn', {'order': 0}),
+    'CBN, gradient batch': ('cbn', {}),
+    'CBN, gradient 0.25': ('cbn', {'gradient': 0.25}),
+    'CBN, 64 samples, gradient 0.25': ('cbn', {'samples': 64, 'gradient': 0.25}),
+}
+_IN_HEADS = ('BN', 'GN', 'BRN', 'Naive CBN', 'CBN, gradient batch', 'CBN, gradient 0.25')
+_EVERYWHERE = tuple(method for method in _METHODS if method != 'BRN')  # the paper has no such row
+
+
+def _row(method: str, where: str, images: int) -> Row:
+    """A method in heads or everywhere, with the learning rate linear in the images, as in the paper."""
+    norm, arguments = _METHODS[method]
+    if norm == 'cbn' and images != _OF_CONFIG:
+        arguments = {**arguments, 'window_size': suggested_window_size(images)}
+    parts = ['neck', 'roi_head.bbox_head', *['backbone'] * (where == 'all')]
+    words = [*method.lower().replace(', ', ' ').split(), where, str(images)]
+    return Row(
+        '-'.join(words),
+        (f'{method}, {"everywhere" if where == "all" else "in heads"}', images),
+        f'faster-rcnn_r50_fpn_{norm}-{where}_1x_coco',
+        {},
+        {**_SHARED, **{f'model.{part}.norm_cfg.{key}': value for part in parts for key, value in arguments.items()}},
+        times_images=images / _OF_CONFIG,
+        twin='facemask_population' if 'population' in method else 'facemask',
+    )
+
+
+def _frozen(images: int) -> Row:
+    config = 'faster-rcnn_r50_fpn_4conv1fc_1x_coco'
+    name, labels = f'frozen-bn-{images}', ('frozen BN', images)
+    return Row(name, labels, config, {}, _SHARED, times_images=images / _OF_CONFIG, twin='facemask')
+
+
+FINE_TUNING = Table(
+    'study-fine-tuning',
+    'Fine-tuning on photographs: Faster R-CNN with a 4conv1fc head',
+    ('method', 'images per step'),
+    BOX[:5],
+    (
+        *(_frozen(images) for images in (1, 2, 4)),
+        *(_row(method, 'head', images) for method in _IN_HEADS for images in (1, 2, 4)),
+        *(_row(method, 'all', images) for method in _EVERYWHERE for images in (1, 2, 4)),
+    ),
+    gpus=1,
+)
