@@ -14,8 +14,6 @@ from torch import nn
 
 from mmdet_cbn import BRN, CBN
 from mmdet_cbn.experiments.paper.imagenet import (
-    CLASSIFICATION,
-    CLASSIFICATION_RATES,
     FIGURE3,
     FIGURE5,
     IMAGENET,
@@ -24,6 +22,7 @@ from mmdet_cbn.experiments.paper.imagenet import (
     TABLE9,
 )
 from mmdet_cbn.experiments.paper.runs import load
+from mmdet_cbn.experiments.study.classification import CLASSIFICATION, CLASSIFICATION_RATES
 from mmdet_cbn.window.ring import suggested_window_size
 
 CONFIGS = ROOT / 'configs'

@@ -13,11 +13,12 @@ from conftest import ROOT
 
 from mmdet_cbn import CBN
 from mmdet_cbn.experiments.analysis.gradients import GradientRatioHook
-from mmdet_cbn.experiments.paper.fine_tuning import FINE_TUNING
 from mmdet_cbn.experiments.paper.logs import Run, collect, find_runs, settings_of, store_runs
 from mmdet_cbn.experiments.paper.report import markdown, overview, plot_figure, write_report
 from mmdet_cbn.experiments.paper.runs import Setting, Trial, load, trials_of
-from mmdet_cbn.experiments.paper.study import (
+from mmdet_cbn.experiments.study import STUDY
+from mmdet_cbn.experiments.study.fine_tuning import FINE_TUNING
+from mmdet_cbn.experiments.study.small_batches import (
     BURN_IN,
     GRADIENT,
     IMAGES,
@@ -27,7 +28,6 @@ from mmdet_cbn.experiments.paper.study import (
     RATE,
     RUNNING,
     SGD,
-    STUDY,
     WINDOW,
 )
 from mmdet_cbn.window.ring import suggested_window_size

@@ -14,8 +14,8 @@ from pathlib import Path
 from mmdet_cbn.experiments.paper.imagenet import IMAGENET
 from mmdet_cbn.experiments.paper.logs import collect, find_runs
 from mmdet_cbn.experiments.paper.report import markdown, overview, write_report
-from mmdet_cbn.experiments.paper.study import STUDY
 from mmdet_cbn.experiments.paper.tables import TABLES
+from mmdet_cbn.experiments.study import STUDY
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
 

@@ -18,9 +18,9 @@ from mmengine.logging import MMLogger
 
 from mmdet_cbn.experiments.paper.imagenet import IMAGENET
 from mmdet_cbn.experiments.paper.runs import Setting, describe, run, trials_of
-from mmdet_cbn.experiments.paper.study import STUDY
 from mmdet_cbn.experiments.paper.tables import TABLES as PAPER
 from mmdet_cbn.experiments.paper.tables import Table
+from mmdet_cbn.experiments.study import STUDY
 
 TABLES = (*PAPER, *IMAGENET, *STUDY)
 # The twins of configs/small, and how the configs begin whose twins they are.

@@ -1,7 +1,6 @@
 """The paper's results of ResNet-18 on ImageNet as data: Tables 2, 3 and 9 and the ImageNet halves of Figures 3 and 5.
 
-Each row names the config of configs/imagenet that makes it. Our study of classification trains small twins of these
-configs, on Imagenette.
+Each row names the config of configs/imagenet that makes it.
 """
 
 from typing import Any
@@ -9,10 +8,13 @@ from typing import Any
 from .tables import Row, Table
 
 METRICS = ('top1',)  # accuracy
+BATCH_SIZES = (32, 16, 8, 4, 2, 1)  # of Table 3
 _OF_CONFIG = 32  # images per GPU
 
 
-def _row(name: str, labels: tuple[str | float, ...], images: int, norm: str, top1: float | None, **changes: Any) -> Row:
+def imagenet_row(
+    name: str, labels: tuple[str | float, ...], images: int, norm: str, top1: float | None, **changes: Any
+) -> Row:
     """A row with so many images per GPU.
 
     Args:
@@ -42,12 +44,11 @@ TABLE2 = Table(
     labels=('norm',),
     metrics=METRICS,
     rows=tuple(
-        _row(norm.lower(), (norm,), 32, norm.lower(), top1)
+        imagenet_row(norm.lower(), (norm,), 32, norm.lower(), top1)
         for norm, top1 in (('IN', 64.4), ('LN', 67.9), ('GN', 68.9), ('CBN', 70.2), ('BN', 70.2))
     ),
 )
 
-_BATCH_SIZES = (32, 16, 8, 4, 2, 1)
 _TABLE3 = {
     'BN': (70.2, 70.2, 68.4, 65.1, 55.9, None),
     'GN': (68.9, 69.0, 68.9, 69.0, 69.1, 68.9),
@@ -56,14 +57,17 @@ _TABLE3 = {
 }
 
 
-def _window(norm: str, images: int) -> dict[str, Any]:
-    # "The number of effective examples is no fewer than 16", so that k is 16 with 1 image, beyond the rule's 8.
+def at_least_16(norm: str, images: int) -> dict[str, Any]:
+    """The window size where the paper's rule ends too early: with 1 image k is 16, not 8.
+
+    "The number of effective examples is no fewer than 16."
+    """
     return {'window_size': 16} if (norm, images) == ('cbn', 1) else {}
 
 
 def _table3_row(norm: str, images: int, top1: float | None) -> Row:
     name = norm.lower()
-    return _row(f'{name}-{images}', (norm, images), images, name, top1, **_window(name, images))
+    return imagenet_row(f'{name}-{images}', (norm, images), images, name, top1, **at_least_16(name, images))
 
 
 TABLE3 = Table(
@@ -74,7 +78,7 @@ TABLE3 = Table(
     rows=tuple(
         _table3_row(norm, images, top1)
         for norm, numbers in _TABLE3.items()
-        for images, top1 in zip(_BATCH_SIZES, numbers, strict=True)
+        for images, top1 in zip(BATCH_SIZES, numbers, strict=True)
     ),
 )
 
@@ -84,10 +88,10 @@ TABLE9 = Table(
     labels=('norm',),
     metrics=METRICS,
     rows=(
-        _row('bn-4', ('BN',), 4, 'bn', 65.1),
-        _row('naive-4', ('Naive CBN',), 4, 'cbn', 66.8, order=0),
-        _row('cbn-4', ('CBN, order 1',), 4, 'cbn', 70.0),
-        _row('cbn-4-order-2', ('CBN, order 2',), 4, 'cbn', 70.0, order=2),
+        imagenet_row('bn-4', ('BN',), 4, 'bn', 65.1),
+        imagenet_row('naive-4', ('Naive CBN',), 4, 'cbn', 66.8, order=0),
+        imagenet_row('cbn-4', ('CBN, order 1',), 4, 'cbn', 70.0),
+        imagenet_row('cbn-4-order-2', ('CBN, order 2',), 4, 'cbn', 70.0, order=2),
     ),
 )
 
@@ -95,13 +99,14 @@ TABLE9 = Table(
 def _window_rows() -> list[Row]:
     """The sizes 1 and 4 are rows of Tables 3 and 9; the text names also 8. The others are ours."""
     rows = [
-        _row(f'bn-{4 * k}', ('BN', k), 4 * k, 'bn', top1) for k, top1 in ((1, 65.1), (2, 68.4), (4, 70.2), (8, 70.2))
+        imagenet_row(f'bn-{4 * k}', ('BN', k), 4 * k, 'bn', top1)
+        for k, top1 in ((1, 65.1), (2, 68.4), (4, 70.2), (8, 70.2))
     ]
     for norm, name, order, numbers in (('Naive CBN', 'naive', {'order': 0}, {4: 66.8}), ('CBN', 'cbn', {}, {4: 70.0})):
         for k in (2, 4, 8, 12):
             size = {} if k == 4 else {'window_size': k}
             suffix = '' if k == 4 else f'-k{k}'
-            rows.append(_row(f'{name}-4{suffix}', (norm, k), 4, 'cbn', numbers.get(k), **order, **size))
+            rows.append(imagenet_row(f'{name}-4{suffix}', (norm, k), 4, 'cbn', numbers.get(k), **order, **size))
     return rows
 
 
@@ -121,70 +126,13 @@ FIGURE5 = Table(
     # The text names 25, the default; the others are ours. Burn-in for all 100 epochs is BN.
     rows=(
         *(
-            _row('cbn-4', ('CBN', 25), 4, 'cbn', 70.0)
+            imagenet_row('cbn-4', ('CBN', 25), 4, 'cbn', 70.0)
             if epochs == 25
-            else _row(f'cbn-4-t{epochs}', ('CBN', epochs), 4, 'cbn', None, burn_in=epochs / 100)
+            else imagenet_row(f'cbn-4-t{epochs}', ('CBN', epochs), 4, 'cbn', None, burn_in=epochs / 100)
             for epochs in (0, 5, 10, 25, 50, 75)
         ),
-        _row('bn-4', ('CBN', 100), 4, 'bn', 65.1),
+        imagenet_row('bn-4', ('CBN', 100), 4, 'bn', 65.1),
     ),
 )
 
 IMAGENET = (TABLE2, TABLE3, TABLE9, FIGURE3, FIGURE5)
-
-_METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    'BN': ('bn', {}),
-    'GN': ('gn', {}),
-    'BRN': ('brn', {}),
-    'Naive CBN': ('cbn', {'order': 0}),
-    'CBN, gradient batch': ('cbn', {}),
-    'CBN, gradient 0.25': ('cbn', {'gradient': 0.25}),
-    'CBN, 64 samples, gradient 0.25': ('cbn', {'samples': 64, 'gradient': 0.25}),
-    'CBN, order 2, gradient 0.25': ('cbn', {'order': 2, 'gradient': 0.25}),
-}
-
-
-def _ours(method: str, images: int, rate: float = 1) -> Row:
-    norm, arguments = _METHODS[method]
-    words = ['small', *method.lower().replace(', ', ' ').split(), str(images), *[f'rate-{rate}'] * (rate != 1)]
-    changes = {**arguments, **_window(norm, images), 'times_rate': rate, 'twin': 'imagenette'}
-    return _row('-'.join(words), (method, images), images, norm, None, **changes)
-
-
-def _of_rate(method: str, images: int, rate: float) -> Row:
-    return _ours(method, images, rate)._replace(labels=(f'{method}, {images} images', rate))
-
-
-CLASSIFICATION = Table(
-    name='study-classification',
-    title='Classification of Imagenette with SGD',
-    labels=('method', 'images per step'),
-    metrics=METRICS,
-    rows=(
-        *(_ours(method, images) for method in ('BN', 'GN', 'BRN') for images in _BATCH_SIZES),
-        *(
-            _ours(method, images)
-            for method in ('Naive CBN', 'CBN, gradient batch', 'CBN, gradient 0.25')
-            for images in (8, 4, 2, 1)
-        ),
-        _ours('CBN, 64 samples, gradient 0.25', 4),
-        _ours('CBN, order 2, gradient 0.25', 4),
-    ),
-    gpus=1,
-)
-_RATES = (1, 2, 4, 8)
-CLASSIFICATION_RATES = Table(
-    name='study-classification-rate',
-    title='Classification of Imagenette: learning rates',
-    labels=('method', "times the paper's learning rate"),
-    metrics=METRICS,
-    rows=(
-        *(_of_rate('BN', 32, rate) for rate in _RATES),
-        *(
-            _of_rate(method, 2, rate)
-            for method in ('BN', 'Naive CBN', 'CBN, gradient batch', 'CBN, gradient 0.25')
-            for rate in _RATES
-        ),
-    ),
-    gpus=1,
-)

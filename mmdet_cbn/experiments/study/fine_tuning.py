@@ -3,7 +3,7 @@
 from typing import Any
 
 from ...window.ring import suggested_window_size
-from .tables import BOX, Row, Table
+from ..paper.tables import BOX, Row, Table
 
 _OF_CONFIG = 4  # images per step
 _SHARED = {'train_cfg.val_interval': 3}  # an evaluation takes a third of an epoch's time

@@ -10,9 +10,7 @@ from typing import Any, NamedTuple
 
 from ...layers.gradient import Gradient
 from ...window.ring import suggested_window_size
-from .fine_tuning import FINE_TUNING
-from .imagenet import CLASSIFICATION, CLASSIFICATION_RATES
-from .tables import BOX, Row, Table
+from ..paper.tables import BOX, Row, Table
 
 METRICS = BOX[:5]  # there are few large objects
 
@@ -269,7 +267,4 @@ SGD = _table(
         for k in (2, 4, 8, 16)
     ),
 )
-STUDY = (
-    IMAGES, WINDOW, BURN_IN, RATE, RUNNING, GRADIENT, ORDER, PHOTOGRAPHS, PHOTOGRAPHS_FASTER, SGD, FINE_TUNING,
-    CLASSIFICATION, CLASSIFICATION_RATES,
-)  # fmt: skip
+SMALL_BATCHES = (IMAGES, WINDOW, BURN_IN, RATE, RUNNING, GRADIENT, ORDER, PHOTOGRAPHS, PHOTOGRAPHS_FASTER, SGD)

@@ -1,0 +1,63 @@
+"""Our study of classification with SGD: small twins of the paper's rows of ResNet-18, on Imagenette."""
+
+from typing import Any
+
+from ..paper.imagenet import BATCH_SIZES, METRICS, at_least_16, imagenet_row
+from ..paper.tables import Row, Table
+
+_METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    'BN': ('bn', {}),
+    'GN': ('gn', {}),
+    'BRN': ('brn', {}),
+    'Naive CBN': ('cbn', {'order': 0}),
+    'CBN, gradient batch': ('cbn', {}),
+    'CBN, gradient 0.25': ('cbn', {'gradient': 0.25}),
+    'CBN, 64 samples, gradient 0.25': ('cbn', {'samples': 64, 'gradient': 0.25}),
+    'CBN, order 2, gradient 0.25': ('cbn', {'order': 2, 'gradient': 0.25}),
+}
+
+
+def _ours(method: str, images: int, rate: float = 1) -> Row:
+    norm, arguments = _METHODS[method]
+    words = ['small', *method.lower().replace(', ', ' ').split(), str(images), *[f'rate-{rate}'] * (rate != 1)]
+    changes = {**arguments, **at_least_16(norm, images), 'times_rate': rate, 'twin': 'imagenette'}
+    return imagenet_row('-'.join(words), (method, images), images, norm, None, **changes)
+
+
+def _of_rate(method: str, images: int, rate: float) -> Row:
+    return _ours(method, images, rate)._replace(labels=(f'{method}, {images} images', rate))
+
+
+CLASSIFICATION = Table(
+    name='study-classification',
+    title='Classification of Imagenette with SGD',
+    labels=('method', 'images per step'),
+    metrics=METRICS,
+    rows=(
+        *(_ours(method, images) for method in ('BN', 'GN', 'BRN') for images in BATCH_SIZES),
+        *(
+            _ours(method, images)
+            for method in ('Naive CBN', 'CBN, gradient batch', 'CBN, gradient 0.25')
+            for images in (8, 4, 2, 1)
+        ),
+        _ours('CBN, 64 samples, gradient 0.25', 4),
+        _ours('CBN, order 2, gradient 0.25', 4),
+    ),
+    gpus=1,
+)
+_RATES = (1, 2, 4, 8)
+CLASSIFICATION_RATES = Table(
+    name='study-classification-rate',
+    title='Classification of Imagenette: learning rates',
+    labels=('method', "times the paper's learning rate"),
+    metrics=METRICS,
+    rows=(
+        *(_of_rate('BN', 32, rate) for rate in _RATES),
+        *(
+            _of_rate(method, 2, rate)
+            for method in ('BN', 'Naive CBN', 'CBN, gradient batch', 'CBN, gradient 0.25')
+            for rate in _RATES
+        ),
+    ),
+    gpus=1,
+)
