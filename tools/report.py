@@ -17,14 +17,15 @@ from mmdet_cbn.experiments.paper.report import markdown, overview, write_report
 from mmdet_cbn.experiments.paper.tables import TABLES
 from mmdet_cbn.experiments.study import STUDY
 
+ALL = (*TABLES, *IMAGENET, *STUDY)
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    numbers = list(dict.fromkeys(table.number for table in (*TABLES, *IMAGENET, *STUDY)))
+    numbers = [*dict.fromkeys(table.number for table in ALL), 'study']
     parser.add_argument('work_dirs', nargs='*', type=Path, metavar='WORK_DIRS')
-    table_help = "tables or figures (default: the paper's; those of our own study begin with study)"
+    table_help = "tables or figures (default: the paper's on COCO); study for all of our own study"
     parser.add_argument('--table', nargs='+', choices=numbers, help=table_help)
     parser.add_argument('--out', type=Path, default=Path('report'), help='folder to write to (default: %(default)s)')
     parser.add_argument('--trials', type=int, default=5, help='how many a row should have (default: %(default)s)')
@@ -39,7 +40,7 @@ def main() -> None:
         parser.error(str(error))
     if args.work_dirs and not runs:
         parser.error(f'no logs of a training under {", ".join(map(str, args.work_dirs))}')
-    tables = [table for table in (*TABLES, *IMAGENET, *STUDY) if table.number in args.table] if args.table else TABLES
+    tables = [table for table in ALL if table.is_in(args.table)] if args.table else TABLES
     if args.readme:
         text = args.readme.read_text()
         for table in tables:

@@ -30,8 +30,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def parse_args() -> tuple[argparse.Namespace, list[Table]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    numbers = list(dict.fromkeys(table.number for table in TABLES))
-    parser.add_argument('--table', nargs='+', required=True, choices=numbers, help='of the paper, or of our own study')
+    numbers = [*dict.fromkeys(table.number for table in TABLES), 'study']
+    table_help = 'of the paper, or of our own study; study for all of it'
+    parser.add_argument('--table', nargs='+', required=True, choices=numbers, help=table_help)
     parser.add_argument('--rows', nargs='+', help='names of rows, as the dry run gives them (default: all)')
     parser.add_argument('--gpus', type=int, default=4, help='default: %(default)s; with 1, the CPU if there is no GPU')
     parser.add_argument('--trials', type=int, default=5, help='seeds 0, 1, ... (default: %(default)s)')
@@ -47,7 +48,7 @@ def parse_args() -> tuple[argparse.Namespace, list[Table]]:
             parser.error(f'--{name} must be 1 or more, got {getattr(args, name)}')
     if wrong := [option for option in args.cfg_options if '=' not in option]:
         parser.error(f'--cfg-options must be KEY=VALUE, got {wrong[0]}')
-    tables = [table for table in TABLES if table.number in args.table]
+    tables = [table for table in TABLES if table.is_in(args.table)]
     if args.small and any(table.is_ours for table in tables):
         parser.error('--small: the tables of our study have no small versions; they are small')
     names = [row.name for table in tables for row in table.rows]

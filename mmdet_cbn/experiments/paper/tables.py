@@ -4,6 +4,7 @@ This is the one place where they stand. Each row names the config of configs/cbn
 paper's results on ImageNet.
 """
 
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 BOX = ('bbox_mAP', 'bbox_mAP_50', 'bbox_mAP_75', 'bbox_mAP_s', 'bbox_mAP_m', 'bbox_mAP_l')
@@ -77,6 +78,10 @@ class Table(NamedTuple):
     @property
     def is_figure(self) -> bool:
         return self.is_ours or self.name.startswith('figure')
+
+    def is_in(self, names: Collection[str]) -> bool:
+        """Whether one of the names is its number, or names our whole study."""
+        return self.number in names or (self.is_ours and 'study' in names)
 
     @property
     def number(self) -> str:
