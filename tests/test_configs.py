@@ -1,5 +1,6 @@
 """Each config has the paper's normalizers, trainable parts and schedule (section 4.2), each small twin its row's."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
-from mmdet.registry import MODELS
+from mmdet.registry import DATASETS, MODELS
 from mmengine.config import Config
 from mmengine.hub import get_config
 from mmengine.registry import init_default_scope
@@ -281,25 +282,49 @@ def test_a_small_twin_is_its_row_made_small(name, data, monkeypatch):
     assert model.roi_head.bbox_head.num_classes == dict(coco=80, shapes=4)[data]
 
 
-@pytest.mark.parametrize('name', [name for name, recipe in RECIPES.items() if recipe.detector == 'FasterRCNN'])
-def test_the_twin_on_photographs_is_its_row_made_small(name, monkeypatch):
+@pytest.mark.parametrize('name', RECIPES)
+def test_a_pretrained_twin_is_its_row_made_small(name, monkeypatch):
     recipe = RECIPES[name]
     monkeypatch.setenv('CBN_ROW', f'{name}_1x_coco')
-    config = load('small/r18_facemask')
+    config = load('small/r18_pretrained')
     model = build(config)
+    assert type(model).__name__ == recipe.detector
     active = recipe.backbone != FIXED
     assert {type(m) for m in norms(model.backbone)} == {NORMS[recipe.backbone if active else 'BN']}
     for part, count in heads_of(model)[1:]:
         assert [type(m) for m in norms(part)] == ([] if recipe.heads == '-' else [NORMS[recipe.heads]] * count)
     assert {m.num_groups for m in norms(model) if isinstance(m, nn.GroupNorm)} <= {8}
     frozen = {key.split('.')[1] for key, p in model.named_parameters() if not p.requires_grad}
-    assert frozen == {'conv1', 'bn1' if recipe.backbone != 'GN' else 'gn1', 'layer1'}, 'as in the row'
+    assert frozen == {'conv1', 'gn1' if recipe.backbone == 'GN' else 'bn1', 'layer1'}, 'as in the row'
     assert recipe.backbone == 'GN' or all(m.training == active for m in norms(model.backbone.layer2))
     weights = config.model.backbone.init_cfg
     assert weights.prefix == 'backbone.' and ('_gn_' in weights.checkpoint) == (recipe.backbone == 'GN')
     assert config.get('custom_hooks') == (recipe.hook and [recipe.hook])
     assert config.optim_wrapper.optimizer == dict(type='SGD', lr=0.005, momentum=0.9, weight_decay=0.0001)
     assert (config.train_dataloader.batch_size, config.train_cfg.max_epochs) == (4, 12)
+    if recipe.detector == 'FasterRCNN':
+        on_photographs = load('small/r18_facemask')
+        assert on_photographs.model.roi_head.bbox_head.num_classes == 2
+        assert on_photographs.model.backbone == config.model.backbone
+
+
+def test_128_images_of_coco_are_trained_and_evaluated_apart(monkeypatch, tmp_path):
+    dataset = dict(
+        images=[dict(id=n, file_name=f'{n}.jpg', width=64, height=48) for n in range(128)],
+        annotations=[
+            dict(id=n + 1, image_id=n, category_id=1, bbox=[1, 1, 9, 9], area=81, iscrowd=0, segmentation=[])
+            for n in range(128)
+        ],
+        categories=[dict(id=1, name='person')],
+    )
+    (tmp_path / 'annotations').mkdir()
+    (tmp_path / 'annotations/instances_train2017.json').write_text(json.dumps(dataset))
+    monkeypatch.setenv('CBN_ROW', 'mask-rcnn_r50_fpn_cbn-head_1x_coco')
+    monkeypatch.setenv('COCO128_ROOT', str(tmp_path))
+    config = load('small/r18_coco128')
+    datasets = [DATASETS.build(loader.dataset) for loader in (config.train_dataloader, config.val_dataloader)]
+    train, val = ({data.get_data_info(n)['img_id'] for n in range(len(data))} for data in datasets)
+    assert (len(train), len(val)) == (96, 32) and not train & val
 
 
 def test_the_config_in_the_readme_builds():

@@ -24,7 +24,7 @@ from mmdet_cbn.experiments.study import STUDY
 
 TABLES = (*PAPER, *IMAGENET, *STUDY)
 # The twins of configs/small, and how the configs begin whose twins they are.
-TWINS = {'shapes': 'cbn/', 'facemask': 'cbn/faster-rcnn', 'imagenette': 'imagenet/'}
+TWINS = {'shapes': 'cbn/', 'facemask': 'cbn/faster-rcnn', 'coco128': 'cbn/', 'imagenette': 'imagenet/'}
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -28,3 +28,7 @@ narrow_faster_rcnn = dict(
     ),
     test_cfg=dict(rpn=dict(nms_pre=300, max_per_img=100)),
 )
+narrow_mask_branch = dict(
+    mask_roi_extractor=dict(out_channels=narrow_channels, featmap_strides=[4, 8, 16]),
+    mask_head=dict(in_channels=narrow_channels, conv_out_channels=narrow_channels),
+)
