@@ -34,6 +34,6 @@ def test_the_gradient_in_the_weight_is_autograds(order, samples, groups, has_var
         before = torch.randn_like(conv.weight)
         var_slope = before.clone()
         patches, factor = compensation.weight_slopes(old, past, call, gradients[1], var_slope)
-        factors = gradients[0] if factor is None else gradients[0] + factor
+        factors = gradients[0] if factor is None else gradients[0] + 2 * factor
         actual = var_slope - before + weighted_patches(factors, patches, conv.weight.shape)
     torch.testing.assert_close((actual,), expected)

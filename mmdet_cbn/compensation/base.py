@@ -58,18 +58,18 @@ class Compensation(ABC):
         """
 
     def weight_slopes(
-        self, old: Any, past: tuple[Tensor, Tensor], conv: ConvCall, share: Tensor, var_slope: Tensor
+        self, old: Any, past: tuple[Tensor, Tensor] | None, conv: ConvCall, share: Tensor, var_slope: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """How mu' and var' depend on theta_t (the derivatives of Eq. 7, 8 and 10), for each output channel j.
 
         ::
 
             dmu'_tau / dtheta_j                      = p_tau
-            sum over tau of share dvar'_tau/dtheta_j = var_slope_j + sum over tau of factor p_tau
+            sum over tau of share dvar'_tau/dtheta_j = var_slope_j + 2 sum over tau of factor p_tau
 
         Args:
             old: As for :meth:`under_current_weights`.
-            past: What that method returned, [n, C_out] each.
+            past: What that method returned, [n, C_out] each. None if theta_t are the weights of the iterations.
             conv: As for that method.
             share: Of each iteration in the sum over var', [n, C_out].
             var_slope: Like the weight. The second line's ``var_slope`` is added to it in place.

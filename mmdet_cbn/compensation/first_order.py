@@ -55,17 +55,17 @@ class FirstOrder(Compensation):
     def weight_slopes(
         self,
         old: CompensatedStatistics,
-        past: tuple[Tensor, Tensor],
+        past: tuple[Tensor, Tensor] | None,
         conv: ConvCall,
         share: Tensor,
         var_slope: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
         # var' = var + c - a^2, but for the maximum of Eq. 10
-        share = share * (past[1] > 0)
+        share = share if past is None else share * (past[1] > 0)
         # A batched matrix product is the same, and far slower on the CPU.
         for share_of_one, var_grad in zip(share.view(*share.shape, 1, 1, 1), old.var_grad, strict=True):
             var_slope.addcmul_(share_of_one, var_grad)
-        return old.mean_grad, (old.mean - past[0]).mul_(share).mul_(2)
+        return old.mean_grad, None if past is None else (old.mean - past[0]).mul_(share)
 
     def could_keep(self, old: Any, num_features: int) -> bool:
         return (

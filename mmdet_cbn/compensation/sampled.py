@@ -72,7 +72,7 @@ class Sampled(Compensation):
     def weight_slopes(
         self,
         old: SampledStatistics,
-        past: tuple[Tensor, Tensor],
+        past: tuple[Tensor, Tensor] | None,
         conv: ConvCall,
         share: Tensor,
         var_slope: Tensor,
@@ -81,7 +81,8 @@ class Sampled(Compensation):
         x = _outputs(patches, conv.weight.to(old.mean.dtype), conv.groups).unflatten(0, old.patches.shape[:2])
         distance = x - torch.bmm(old.share.unsqueeze(1), x)
         # With the mean m over the sample: d sum of s (x - m)^2 / dtheta = 2 sum of s (x - m) p
-        factors = 2 * (share * (past[1] > 0)).unsqueeze(1) * old.share.unsqueeze(2) * distance
+        share = share if past is None else share * (past[1] > 0)
+        factors = 2 * share.unsqueeze(1) * old.share.unsqueeze(2) * distance
         var_slope += weighted_patches(factors.flatten(0, 1), patches, conv.weight.shape)
         mean_patches = torch.bmm(old.share.unsqueeze(1), old.patches).squeeze(1)
         return mean_patches.unflatten(1, (-1, *conv.weight.shape[2:])), None

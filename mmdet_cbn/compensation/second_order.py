@@ -52,14 +52,15 @@ class SecondOrder(Compensation):
     def weight_slopes(
         self,
         old: SecondOrderStatistics,
-        past: tuple[Tensor, Tensor],
+        past: tuple[Tensor, Tensor] | None,
         conv: ConvCall,
         share: Tensor,
         var_slope: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
         theta = conv.weight.to(old.mean.dtype).reshape(1, conv.groups, -1, old.covariance.size(-1))
         # d(theta . Cov(p) theta) / dtheta = 2 Cov(p) theta
-        factors = 2 * (share * (past[1] > 0)).view(len(old.mean), conv.groups, -1, 1)
+        share = share if past is None else share * (past[1] > 0)
+        factors = 2 * share.view(len(old.mean), conv.groups, -1, 1)
         var_slope += torch.matmul(factors * theta, old.covariance).sum(dim=0).view(conv.weight.shape)
         return old.mean_grad, None
 

@@ -48,7 +48,7 @@ class StatisticsGradient(NamedTuple):
     Beside what goes through x, M and V depend on theta_j, the weight of output channel j, by n mean patches p_i::
 
         dM/dtheta_j = sum over i of factors_0ij p_i
-        dV/dtheta_j = var_slope_j + sum over i of factors_1ij p_i
+        dV/dtheta_j = var_slope_j + 2 sum over i of factors_1ij p_i
     """
 
     fraction: Tensor | None = None  #: of M and V that counts as a function of x, [C]; None for all of them
@@ -124,21 +124,22 @@ def statistics_gradient(
     if past is None or window.valid is None:
         return made
 
-    def add(start: int, of: Any, moved: tuple[Tensor, Tensor], share: Tensor) -> None:
-        """Add iterations with a share of the window (Eq. 9 to 11): dM / dmu' = share, dV / dvar' = share,
-        dV / dmu' = 2 share (mu' - M)."""
-        mean_patches, factor = compensation.weight_slopes(of, moved, conv, share, var_slope)
-        those = slice(start, start + len(share))
-        patches[those] = mean_patches
-        factors[0, those] = share
-        factor = torch.zeros_like(share) if factor is None else factor
-        factors[1, those] = factor.addcmul_(moved[0] - window.mean, share, value=2)
+    def add(those: slice, of: Any, moved: tuple[Tensor, Tensor] | None) -> None:
+        """Add iterations, whose share of the window stands in ``factors`` already (Eq. 9 to 11):
+        dM / dmu' = share, dV / dvar' = share, dV / dmu' = 2 share (mu' - M)."""
+        share, factor = factors[:, those]
+        patches[those], more = compensation.weight_slopes(of, moved, conv, share, var_slope)
+        distance = (of.mean if moved is None else moved[0]) - window.mean
+        if more is None:
+            torch.mul(distance, share, out=factor)
+        else:
+            torch.addcmul(more, distance, share, out=factor)
 
-    add(0, old, past, window.valid * fraction)
+    torch.mul(window.valid, fraction, out=factors[0, : len(past[0])])
+    add(slice(len(past[0])), old, past)
     if rest > 0:
         # With the batch in place of the window, theta receives through x what is beyond f. It is taken back here.
-        batch = type(kept)(*(tensor.unsqueeze(0) for tensor in kept))
-        own = batch.mean, batch.var
-        add(len(patches) - 1, batch, own, (fraction - own_part).unsqueeze(0))
+        torch.sub(fraction, own_part, out=factors[0, -1])
+        add(slice(len(patches) - 1, None), type(kept)(*(tensor.unsqueeze(0) for tensor in kept)), None)
     factors.nan_to_num_(0, 0, 0)  # of iterations that are left out
     return made
