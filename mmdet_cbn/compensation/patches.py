@@ -19,6 +19,9 @@ def mean_patch(inputs: Tensor, x: Tensor, conv: ConvCall) -> Tensor:
         x: Output of the convolution, [N, C_out, H, W].
         conv: The call.
     """
+    if tuple(conv.weight.shape[2:]) == (1, 1) and not any(conv.padding):  # half of a ResNet-50; twice as fast so
+        seen = _slice(_slice(inputs, 2, 0, None, conv.stride[0]), 3, 0, None, conv.stride[1])
+        return seen.mean(dim=(2, 3)).mean(dim=0).view(-1, 1, 1)
     sums = inputs.sum(dim=0) if len(inputs) > 1 else inputs.squeeze(0)  # of one image, the sum would be a copy
     for axis, stride, padding, dilation in zip((1, 2), conv.stride, conv.padding, conv.dilation, strict=True):
         firsts = range(-padding, conv.weight.size(axis + 1) * dilation - padding, dilation)
