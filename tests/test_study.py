@@ -256,7 +256,7 @@ def test_the_table_has_our_numbers_and_what_is_missing(runs):
         and '| CBN, gradient batch | 1 | 20.0 | - | - | - | - | 1 |' in text
     )
     rows = len(IMAGES.rows)
-    assert f'Of {rows} rows, {rows - 2} are not trained, and 1 have fewer than 2 trials.' in text
+    assert f'Rows without a trial: {rows - 2} of {rows}; with fewer than 2: 1.' in text
 
 
 def test_the_overview_has_a_column_for_each_number_of_images(runs):
@@ -270,7 +270,7 @@ def test_runs_with_other_settings_are_not_the_studys(runs):
     changed = [run._replace(settings={**run.settings, 'model.neck.norm_cfg.type': 'LN'}) for run in runs]
     text = markdown(IMAGES, collect(IMAGES, changed, CONFIGS))
     rows = len(IMAGES.rows)
-    assert '| BN | 1 |' not in text and f'Of {rows} rows, {rows} are not trained' in text
+    assert '| BN | 1 |' not in text and f'Rows without a trial: {rows} of {rows}; ' in text
 
 
 def test_the_plot_has_a_line_a_method(runs):

@@ -123,10 +123,7 @@ def _not_trained(table: Table, entries: Mapping[str, list[Entry]], trials: int) 
     if min(numbers) >= trials:
         return []
     few = sum(0 < number < trials for number in numbers)
-    return [
-        '',
-        f'Of {len(numbers)} rows, {numbers.count(0)} are not trained, and {few} have fewer than {trials} trials.',
-    ]
+    return ['', f'Rows without a trial: {numbers.count(0)} of {len(numbers)}; with fewer than {trials}: {few}.']
 
 
 def _nothing_detected(table: Table, entries: Mapping[str, list[Entry]]) -> list[str]:
