@@ -13,6 +13,7 @@ from conftest import ROOT
 
 from mmdet_cbn import CBN
 from mmdet_cbn.experiments.analysis.gradients import GradientRatioHook
+from mmdet_cbn.experiments.paper import logs
 from mmdet_cbn.experiments.paper.logs import Run, collect, find_runs, settings_of, store_runs
 from mmdet_cbn.experiments.paper.report import markdown, overview, plot_figure, write_report
 from mmdet_cbn.experiments.paper.runs import Setting, Trial, load, trials_of
@@ -295,6 +296,18 @@ def test_a_trial_that_is_stored_twice_counts_once(runs, tmp_path):
     unfinished = [run._replace(metrics={}) for run in runs]
     store_runs(unfinished, tmp_path / 'b.json')
     assert find_runs([tmp_path / 'a.json', tmp_path / 'b.json']) == both, 'the finished one'
+
+
+def test_a_run_in_a_file_and_in_its_folder_counts_once(runs, tmp_path, monkeypatch):
+    """Also one of tools/train.py alone, which has no name. Others may be in folders of the same name."""
+    paths = [tmp_path / name / 'bn' / 'seed-0' for name in ('here', 'there')]
+    for path in paths:
+        (path / 'time' / 'vis_data').mkdir(parents=True)
+        (path / 'time' / 'vis_data' / 'scalars.json').touch()
+    monkeypatch.setattr(logs, 'read_run', lambda work_dir: runs[0]._replace(name=None, work_dir=work_dir))
+    store_runs(find_runs(paths[:1]), tmp_path / 'runs.json')
+    assert len(find_runs([tmp_path / 'runs.json', paths[0]])) == 1
+    assert len(find_runs(paths)) == 2
 
 
 def test_a_report_can_be_made_of_a_stored_one(runs, tmp_path, monkeypatch, capsys):

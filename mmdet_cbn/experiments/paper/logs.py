@@ -64,7 +64,7 @@ class Entry(NamedTuple):
 def find_runs(places: Iterable[Path]) -> list[Run]:
     """Find all trainings with logs under the folders, and all that :func:`store_runs` wrote to the files.
 
-    A trial of tools/reproduce.py that is found twice, as in a file and in its folder, counts once.
+    A run that is found twice, as in a file and in its folder, counts once.
 
     Raises:
         RuntimeError: A file is not what mmengine, tools/reproduce.py or :func:`store_runs` writes.
@@ -77,11 +77,19 @@ def find_runs(places: Iterable[Path]) -> list[Run]:
         else:
             work_dirs |= {file.parents[2] for file in Path(place).rglob('vis_data/scalars.json')}
     trials: dict[Any, Run] = {}
+    in_files = {run.work_dir for run in stored}
     for run in [*stored, *(read_run(work_dir) for work_dir in sorted(work_dirs))]:
-        trial = run.work_dir if run.name is None else (run.name, run.work_dir.name)
+        trial: Any = run.name, run.work_dir.name
+        if run.name is None:
+            trial = short if (short := _short(run.work_dir)) in in_files else run.work_dir
         if trial not in trials or run.metrics:
             trials[trial] = run
     return list(trials.values())
+
+
+def _short(work_dir: Path) -> Path:
+    """What a file of :func:`store_runs` names of a folder."""
+    return Path(work_dir.parent.name, work_dir.name)
 
 
 def store_runs(runs: Iterable[Run], file: Path) -> None:
@@ -92,7 +100,7 @@ def store_runs(runs: Iterable[Run], file: Path) -> None:
         json.dumps(
             {
                 **run._asdict(),
-                'work_dir': f'{run.work_dir.parent.name}/{run.work_dir.name}',
+                'work_dir': str(_short(run.work_dir)),
                 'settings': {key: value for key, value in sorted(run.settings.items()) if key not in shared},
             }
         )
