@@ -21,7 +21,7 @@ from mmdet_cbn.experiments.paper.imagenet import (
     TABLE3,
     TABLE9,
 )
-from mmdet_cbn.experiments.paper.runs import load
+from mmdet_cbn.experiments.paper.runs import recipe_of
 from mmdet_cbn.experiments.study.classification import CLASSIFICATION, CLASSIFICATION_RATES
 from mmdet_cbn.window.ring import suggested_window_size
 
@@ -30,9 +30,7 @@ NORMS = {'BN': nn.BatchNorm2d, 'GN': nn.GroupNorm, 'BRN': BRN, 'CBN': CBN}
 
 
 def config_of(row):
-    config = load(row, CONFIGS).copy()
-    config.merge_from_dict(row.options_for(config))
-    return config
+    return recipe_of(row, CONFIGS)
 
 
 def window_size_of(row):

@@ -18,7 +18,7 @@ from conftest import ROOT
 from mmdet_cbn.experiments.paper import logs, runs
 from mmdet_cbn.experiments.paper.logs import Run, collect, find_runs, settings_of
 from mmdet_cbn.experiments.paper.report import markdown, plot_curves, plot_figure, write_report
-from mmdet_cbn.experiments.paper.runs import NOTHING_DETECTED, Setting, Trial, load, trials_of
+from mmdet_cbn.experiments.paper.runs import NOTHING_DETECTED, Setting, Trial, recipe_of, trials_of
 from mmdet_cbn.experiments.paper.tables import BOX, FIGURE3, FIGURE5, TABLE5, TABLES, Row
 
 CONFIGS = ROOT / 'configs'
@@ -272,9 +272,7 @@ def test_the_report_says_that_nothing_was_detected(tmp_path):
 
 def as_in_the_paper(row, aps, **settings) -> list[Run]:
     """Runs of train.py with the row's own settings, but for ``settings``, which ended with these APs."""
-    config = load(row, CONFIGS).copy()
-    config.merge_from_dict(row.options_for(config))
-    decisive = {**settings_of(config), 'GPUs': 4, **settings}
+    decisive = {**settings_of(recipe_of(row, CONFIGS)), 'GPUs': 4, **settings}
     curves = [{epoch: {'bbox_mAP': ap + epoch - 12} for epoch in (11, 12)} for ap in aps]
     return [Run(Path('somewhere'), row.config, None, decisive, curve, curve[12], 12) for curve in curves]
 

@@ -16,7 +16,7 @@ from mmdet_cbn.experiments.analysis.gradients import GradientRatioHook
 from mmdet_cbn.experiments.paper import logs
 from mmdet_cbn.experiments.paper.logs import Run, collect, find_runs, settings_of, store_runs
 from mmdet_cbn.experiments.paper.report import markdown, overview, plot_figure, write_report
-from mmdet_cbn.experiments.paper.runs import Setting, Trial, load, trials_of
+from mmdet_cbn.experiments.paper.runs import Setting, Trial, recipe_of, trials_of
 from mmdet_cbn.experiments.study import STUDY
 from mmdet_cbn.experiments.study.fine_tuning import FINE_TUNING
 from mmdet_cbn.experiments.study.small_batches import (
@@ -39,9 +39,7 @@ ROWS = {row.run: row for table in STUDY for row in table.rows}
 
 
 def config_of(row):
-    config = load(row, CONFIGS).copy()
-    config.merge_from_dict(row.options_for(config))
-    return config
+    return recipe_of(row, CONFIGS)
 
 
 def images_of(row):

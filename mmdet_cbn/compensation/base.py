@@ -22,7 +22,8 @@ class Compensation(ABC):
 
     Attributes:
         Statistics: The named tuple of tensors that :meth:`keep` returns. Its first two members are ``mean`` and
-            ``var``, [C] each. Files of windows name this type and its members.
+            ``var``, [C] each. The next two are what shares of the window weigh (:func:`drop_inf_and_nan`). Files of
+            windows name this type and its members.
         needs_conv (bool): Whether the kind needs the convolution before the layer.
     """
 
@@ -99,7 +100,7 @@ class Compensation(ABC):
 
 
 def drop_inf_and_nan(statistics: Any) -> None:
-    """Replace inf and NaN by 0 in the tensors that follow mean and variance and are larger than these.
+    """Replace inf and NaN by 0 in what shares of the window weigh: the two members after mean and variance.
 
     What has a weight of 0 must not be NaN in a weighted sum. Mean and variance still tell that the batch was bad.
     """

@@ -42,7 +42,7 @@ from ..openmmlab.tools import leave_process_group
 from .cost.detectors import Detector, Settings, make_inputs, time_in_alternation
 from .cost.storage import StorageCounter
 from .oracle import deviation, loss_of
-from .paper.runs import load
+from .paper.runs import load, recipe_of
 from .paper.tables import TABLES, Row
 
 IMAGES = {'train': 118287, 'val': 5000}  # of COCO 2017
@@ -97,9 +97,7 @@ class Machine:
     @cached_property
     def config(self) -> Config:
         """Of the row."""
-        config = load(self.row, self.configs).copy()
-        config.merge_from_dict(self.row.options_for(config))
-        return config
+        return recipe_of(self.row, self.configs)
 
     @property
     def all_configs(self) -> list[Config]:

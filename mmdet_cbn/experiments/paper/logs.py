@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from mmengine.config import Config
 
 from ...errors import errors_name_file
-from .runs import NOTHING_DETECTED, SETTINGS, evaluations, load
+from .runs import NOTHING_DETECTED, SETTINGS, evaluations, recipe_of
 from .tables import BOX, Row, Table
 
 # What decides on a result. Where the data lie and how they are loaded does not.
@@ -240,10 +240,7 @@ def collect(table: Table, runs: Iterable[Run], configs: Path) -> dict[str, list[
 
 
 def _differences(run: Run, row: Row, gpus: int, configs: Path) -> tuple[str, ...]:
-    config = load(row, configs)
-    merged = config.copy()
-    merged.merge_from_dict(row.options_for(config))
-    recipe = {**settings_of(merged), 'GPUs': gpus}
+    recipe = {**settings_of(recipe_of(row, configs)), 'GPUs': gpus}
     return tuple(
         f'{key} = {run.settings.get(key)} ({recipe.get(key)})'
         for key in sorted(recipe.keys() | run.settings.keys())

@@ -154,6 +154,14 @@ class Trial:
             )
 
 
+def recipe_of(row: Row, configs: Path) -> Config:
+    """The config of a row, or of its twin, with the row's options."""
+    config = load(row, configs)
+    recipe = config.copy()
+    recipe.merge_from_dict(row.options_for(config))
+    return recipe
+
+
 def load(row: Row, configs: Path) -> Config:
     """The config of a row, or of its twin, in the folder ``configs``. Do not change it, because it is cached."""
     roots = {key: value for key, value in os.environ.items() if key.endswith('_ROOT')}  # configs use these

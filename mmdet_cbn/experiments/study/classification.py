@@ -1,25 +1,13 @@
 """Our study of classification with SGD: small twins of the paper's rows of ResNet-18, on Imagenette."""
 
-from typing import Any
-
 from ..paper.imagenet import BATCH_SIZES, METRICS, at_least_16, imagenet_row
 from ..paper.tables import Row, Table
-
-_METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    'BN': ('bn', {}),
-    'GN': ('gn', {}),
-    'BRN': ('brn', {}),
-    'Naive CBN': ('cbn', {'order': 0}),
-    'CBN, gradient batch': ('cbn', {}),
-    'CBN, gradient 0.25': ('cbn', {'gradient': 0.25}),
-    'CBN, 64 samples, gradient 0.25': ('cbn', {'samples': 64, 'gradient': 0.25}),
-    'CBN, order 2, gradient 0.25': ('cbn', {'order': 2, 'gradient': 0.25}),
-}
+from .methods import METHODS, words_of
 
 
 def _ours(method: str, images: int, rate: float = 1) -> Row:
-    norm, arguments = _METHODS[method]
-    words = ['small', *method.lower().replace(', ', ' ').split(), str(images), *[f'rate-{rate}'] * (rate != 1)]
+    norm, arguments = METHODS[method]
+    words = ['small', *words_of(method), str(images), *[f'rate-{rate}'] * (rate != 1)]
     changes = {**arguments, **at_least_16(norm, images), 'times_rate': rate, 'twin': 'imagenette'}
     return imagenet_row('-'.join(words), (method, images), images, norm, None, **changes)
 

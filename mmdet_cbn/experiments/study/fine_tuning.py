@@ -1,33 +1,24 @@
 """Our study of fine-tuning: the kinds of rows of Table 5 by their small twin on photographs, with 1, 2 and 4 images."""
 
-from typing import Any
-
 from ...window.ring import suggested_window_size
 from ..paper.tables import BOX, Row, Table
+from .methods import METHODS, words_of
 
 _OF_CONFIG = 4  # images per step
 _SHARED = {'train_cfg.val_interval': 3}  # an evaluation takes a third of an epoch's time
-_METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    'BN': ('bn', {}),
-    'BN, population statistics': ('bn', {}),
-    'GN': ('gn', {}),
-    'BRN': ('brn', {}),
-    'Naive CBN': ('cbn', {'order': 0}),
-    'CBN, gradient batch': ('cbn', {}),
-    'CBN, gradient 0.25': ('cbn', {'gradient': 0.25}),
-    'CBN, 64 samples, gradient 0.25': ('cbn', {'samples': 64, 'gradient': 0.25}),
-}
-_IN_HEADS = ('BN', 'GN', 'BRN', 'Naive CBN', 'CBN, gradient batch', 'CBN, gradient 0.25')
-_EVERYWHERE = tuple(method for method in _METHODS if method != 'BRN')  # the paper has no such row
+_ALIKE = ('Naive CBN', 'CBN, gradient batch', 'CBN, gradient 0.25')
+_IN_HEADS = ('BN', 'GN', 'BRN', *_ALIKE)
+# The paper has no row with BRN everywhere.
+_EVERYWHERE = ('BN', 'BN, population statistics', 'GN', *_ALIKE, 'CBN, 64 samples, gradient 0.25')
 
 
 def _row(method: str, where: str, images: int) -> Row:
     """A method in heads or everywhere, with the learning rate linear in the images, as in the paper."""
-    norm, arguments = _METHODS[method]
+    norm, arguments = METHODS[method]
     if norm == 'cbn' and images != _OF_CONFIG:
         arguments = {**arguments, 'window_size': suggested_window_size(images)}
     parts = ['neck', 'roi_head.bbox_head', *['backbone'] * (where == 'all')]
-    words = [*method.lower().replace(', ', ' ').split(), where, str(images)]
+    words = [*words_of(method), where, str(images)]
     return Row(
         '-'.join(words),
         (f'{method}, {"everywhere" if where == "all" else "in heads"}', images),
