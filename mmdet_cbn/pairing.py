@@ -12,27 +12,38 @@ import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from .old_torch import is_compiling, outside_graphs, register_hook_on_all
 
 # Convolutions of other classes may do more to their weight or input than these forwards do.
 _PLAIN_FORWARDS: list[Callable] = [nn.Conv2d.forward]
+_TRANSPOSED_FORWARDS: list[Callable] = [nn.ConvTranspose2d.forward]
+# These first make another weight or input, always the same from the same, and then call conv2d.
+_PREPARING_FORWARDS: list[Callable] = []
 try:
-    from mmcv.cnn.bricks.wrappers import Conv2d as MMCVConv2d
+    from mmcv.cnn.bricks import Conv2dAdaptivePadding, ConvAWS2d, ConvWS2d, wrappers
 except ImportError:  # models that are not OpenMMLab's do without mmcv
     pass
 else:
-    _PLAIN_FORWARDS.append(MMCVConv2d.forward)
+    _PLAIN_FORWARDS.append(wrappers.Conv2d.forward)
+    _TRANSPOSED_FORWARDS.append(wrappers.ConvTranspose2d.forward)
+    _PREPARING_FORWARDS += [ConvWS2d.forward, ConvAWS2d.forward, Conv2dAdaptivePadding.forward]
 
 
 class ConvCall(NamedTuple):
-    """One call of a zero-padded 2d convolution, with the arguments of :func:`torch.nn.functional.conv2d`."""
+    """One call of a zero-padded 2d convolution, with the arguments of :func:`torch.nn.functional.conv2d`.
 
-    module: nn.Conv2d | None  #: the convolution
+    Other convolutions are written as one: their padding becomes a part of the input, and a transposed convolution has
+    its input spread with zeros. ``weight`` is what the input is convolved with. It may be made of the parameter.
+    """
+
+    module: _ConvNd | None  #: the convolution
     input: Tensor  #: [N, C_in, H, W]
     weight: Tensor  #: theta_t, [C_out, C_in / groups, kh, kw]
     bias: Tensor | None  #: [C_out]
@@ -42,12 +53,20 @@ class ConvCall(NamedTuple):
     groups: int
 
     @classmethod
-    def of(cls, conv: nn.Conv2d, input: Tensor) -> 'ConvCall':
-        """The call ``conv(input)``. Padding other than a plain number of zeros becomes a part of the input."""
+    def of(cls, conv: _ConvNd, input: Tensor, output: Tensor) -> 'ConvCall':
+        """The call ``conv(input)``, which returned ``output``.
+
+        Gradients reach ``weight`` and ``bias``, but not ``input``.
+        """
+        if type(conv).forward in _TRANSPOSED_FORWARDS:
+            return _as_convolution(conv, input, output)  # type: ignore[arg-type]
+        if type(conv).forward in _PREPARING_FORWARDS:
+            return cls(conv, *_arguments_of_conv2d(conv, input))
         padding = conv.padding
         if isinstance(padding, str) or conv.padding_mode != 'zeros':
             mode = 'constant' if conv.padding_mode == 'zeros' else conv.padding_mode
-            input = F.pad(input, conv._reversed_padding_repeated_twice, mode=mode)
+            with torch.no_grad():
+                input = F.pad(input, conv._reversed_padding_repeated_twice, mode=mode)
             padding = (0, 0)
         return cls(conv, input, conv.weight, conv.bias, conv.stride, padding, conv.dilation, conv.groups)  # type: ignore[arg-type]
 
@@ -58,6 +77,44 @@ class ConvCall(NamedTuple):
     def with_bias(self, mean: Tensor) -> Tensor:
         """The inverse of :meth:`without_bias`."""
         return mean if self.bias is None else mean + self.bias
+
+
+def _as_convolution(conv: nn.ConvTranspose2d, input: Tensor, output: Tensor) -> ConvCall:
+    """A transposed convolution as a convolution of its input with zeros between, and of its flipped weight."""
+    (groups, stride), (rows, columns) = (conv.groups, conv.stride), input.shape[2:]
+    weight = conv.weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).flip(2, 3)
+    with torch.no_grad():
+        spread = input.new_zeros(*input.shape[:2], (rows - 1) * stride[0] + 1, (columns - 1) * stride[1] + 1)
+        spread[:, :, :: stride[0], :: stride[1]] = input
+        padding = []
+        for axis in (1, 0):  # as F.pad wants it, the last axis first
+            reach = conv.dilation[axis] * (conv.kernel_size[axis] - 1)
+            before = reach - conv.padding[axis]  # type: ignore[operator]
+            padding += [before, output.size(axis + 2) + reach - spread.size(axis + 2) - before]
+        spread = F.pad(spread, padding)
+    return ConvCall(conv, spread, weight, conv.bias, (1, 1), (0, 0), conv.dilation, groups)  # type: ignore[arg-type]
+
+
+def _arguments_of_conv2d(conv: _ConvNd, input: Tensor) -> tuple:
+    """With what ``conv.forward(input)`` calls conv2d: input, weight, bias, stride, padding, dilation, groups."""
+    try:
+        with _StopAtConv2d():
+            type(conv).forward(conv, input.detach())
+    except _AtConv2d as stop:
+        return stop.arguments
+    raise RuntimeError(f'{type(conv).__name__} did not call conv2d')
+
+
+class _AtConv2d(Exception):
+    def __init__(self, arguments: tuple) -> None:
+        self.arguments = arguments
+
+
+class _StopAtConv2d(TorchFunctionMode):
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if function is torch.conv2d:
+            raise _AtConv2d(args)
+        return function(*args, **(kwargs or {}))
 
 
 class _Remembered(NamedTuple):
@@ -230,10 +287,18 @@ watch = Watch()
 
 def why_unsupported(conv: _ConvNd) -> str | None:
     """Why compensation cannot handle ``conv``, to follow "because"; None if it can."""
-    if not isinstance(conv, nn.Conv2d):
-        return f'it is a {type(conv).__name__}, not a torch.nn.Conv2d'
-    if type(conv).forward not in _PLAIN_FORWARDS or type(conv)._conv_forward is not nn.Conv2d._conv_forward:
-        return f'{type(conv).__name__} does not compute what torch.nn.Conv2d does'
+    name, forward = type(conv).__name__, type(conv).forward
+    if not isinstance(conv, nn.Conv2d | nn.ConvTranspose2d):
+        return f'it is a {name}, not a torch.nn.Conv2d or ConvTranspose2d'
+    if isinstance(conv, nn.ConvTranspose2d):
+        is_known = forward in _TRANSPOSED_FORWARDS
+    else:
+        is_known = forward in _PLAIN_FORWARDS + _PREPARING_FORWARDS
+        is_known = is_known and type(conv)._conv_forward is nn.Conv2d._conv_forward
+    if not is_known:
+        return f'{name} does not compute what torch.nn.{"Conv2d" if isinstance(conv, nn.Conv2d) else "ConvTranspose2d"} does'
     if 'weight' not in conv._parameters:
         return 'its weight is computed anew in each forward (a parametrization, weight or spectral norm)'
+    if is_compiling() and forward in _PREPARING_FORWARDS:
+        return f'torch.compile does not show what {name} does to its weight or input'
     return None

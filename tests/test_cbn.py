@@ -11,7 +11,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from mmcv.cnn import ConvModule, ConvWS2d, build_norm_layer, fuse_conv_bn
+import torch.nn.functional as F
+from mmcv.cnn import ConvAWS2d, ConvModule, ConvWS2d, build_conv_layer, build_norm_layer, fuse_conv_bn
+from mmcv.cnn.bricks import Conv2dAdaptivePadding
 from mmdet.models.backbones.resnet import BasicBlock, Bottleneck
 from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
@@ -40,6 +42,15 @@ CONVOLUTIONS = {
     'groups and bias': dict(kernel_size=3, stride=2, groups=2, bias=True),
     'wide padding': dict(kernel_size=3, padding=3, stride=3),
 }
+
+
+@pytest.fixture
+def told(caplog):
+    """What the layers have told mmengine's log so far, as a function of words in it."""
+    logger = MMLogger.get_current_instance()
+    logger.addHandler(caplog.handler)
+    yield lambda words: [record.getMessage() for record in caplog.records if words in record.getMessage()]
+    logger.removeHandler(caplog.handler)
 
 
 def conv_and_norm(seed=0, dtype=torch.float64, conv=CONVOLUTIONS['3x3 padded'], **norm_args):
@@ -80,6 +91,81 @@ def test_output_and_gradients_are_the_oracles_over_sgd_steps(name, order, gradie
             torch.testing.assert_close(actual.grad, right, rtol=1e-8, atol=1e-9)
         if conv.bias is not None:
             torch.testing.assert_close(conv.bias.grad, torch.zeros_like(conv.bias), rtol=0, atol=1e-10)
+        optimizer.step()
+
+
+def standardized(weight):
+    return (weight - weight.mean(dim=(1, 2, 3), keepdim=True)) / (weight.std(dim=(1, 2, 3), keepdim=True) + 1e-5)
+
+
+def standardized_anew(weight):
+    """With gamma 1 and beta 0, as ConvAWS2d has them if no checkpoint is loaded."""
+    deviation = (weight.var(dim=(1, 2, 3), keepdim=True) + 1e-5).sqrt()
+    return (weight - weight.mean(dim=(1, 2, 3), keepdim=True)) / deviation
+
+
+TRANSPOSED = {
+    'stride 2': dict(kernel_size=3, stride=2, padding=1, output_padding=1),
+    'uneven': dict(kernel_size=(4, 3), stride=(2, 3), padding=(1, 0), output_padding=(0, 1), dilation=(1, 2)),
+    'groups': dict(kernel_size=2, stride=2, groups=2),
+    'cut': dict(kernel_size=2, padding=2),
+}
+# For each: the convolution, and the same as a function of the input and of the weight which the statistics depend on.
+OTHERS = {
+    **{
+        f'transposed, {name}': (
+            lambda how=how: nn.ConvTranspose2d(4, 4, **how),
+            lambda x, weight, how=how: F.conv_transpose2d(
+                x, weight, **{key: value for key, value in how.items() if key != 'kernel_size'}
+            ),
+            lambda weight: weight,
+        )
+        for name, how in TRANSPOSED.items()
+    },
+    "mmcv's transposed": (
+        lambda: build_conv_layer(dict(type='deconv'), 4, 4, 3, stride=2),
+        lambda x, weight: F.conv_transpose2d(x, weight, stride=2),
+        lambda weight: weight,
+    ),
+    'ConvWS': (
+        lambda: ConvWS2d(4, 4, 3, padding=1, groups=2),
+        lambda x, weight: F.conv2d(x, weight, padding=1, groups=2),
+        standardized,
+    ),
+    'ConvAWS': (lambda: ConvAWS2d(4, 4, 3, stride=2), lambda x, weight: F.conv2d(x, weight, stride=2), standardized_anew),
+    'adaptive padding': (
+        lambda: Conv2dAdaptivePadding(4, 4, 3, stride=2),
+        lambda x, weight: F.conv2d(F.pad(x, (1, 1, 1, 1)), weight, stride=2),  # of an odd number of rows and columns
+        lambda weight: weight,
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ('order', 'samples', 'gradient'), [(1, None, 'batch'), (1, None, 0.25), (2, None, 'weights'), (1, 1000, 'window')]
+)
+@pytest.mark.parametrize('name', OTHERS)
+def test_with_other_convolutions_too_it_is_the_oracle(name, order, samples, gradient):
+    torch.manual_seed(0)
+    make, convolve, effective = OTHERS[name]
+    norm = CBN(4, window_size=3, order=order, samples=samples, gradient=gradient)
+    model = nn.Sequential(make(), norm).double()
+    conv = model[0]
+    oracle = OracleCBN(3, 2 if samples else order, gradient=gradient, convolve=convolve)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    for step, x in enumerate(batches(5)):
+        x.requires_grad_()
+        y = model(x)
+        optimizer.zero_grad()
+        loss_of(y).backward()
+        leaves = [t.detach().clone().requires_grad_() for t in (x, conv.weight, norm.weight, norm.bias)]
+        expected = oracle(leaves[0], effective(leaves[1]), *leaves[2:])
+        gradients = torch.autograd.grad(loss_of(expected), leaves)
+        assert norm.window_length == min(step + 1, 3)
+        torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-9)
+        for actual, right in zip((x, conv.weight, norm.weight, norm.bias), gradients, strict=True):
+            torch.testing.assert_close(actual.grad, right, rtol=1e-8, atol=1e-9)
+        torch.testing.assert_close(conv.bias.grad, torch.zeros_like(conv.bias), rtol=0, atol=1e-10)
         optimizer.step()
 
 
@@ -486,6 +572,54 @@ def test_no_convolution_is_a_clear_error_naming_layer_and_remedy():
         assert net.stem[2].window_length == length
 
 
+UNSUPPORTED = {
+    'something between': lambda: nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU()),
+    'another class': lambda: StandardizedConv(4, 4, 3),
+    'computed weight': lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3)),
+    'no convolution': lambda: nn.AvgPool2d(2),
+}
+
+
+@pytest.mark.parametrize('kind', [dict(), dict(order=2), dict(samples=8), dict(gradient='projection')], ids=str)
+@pytest.mark.parametrize('name', UNSUPPORTED)
+def test_a_layer_without_a_supported_convolution_becomes_naive_if_asked_to(name, kind, told):
+    torch.manual_seed(0)
+    model = nn.Sequential(UNSUPPORTED[name](), CBN(4, window_size=3, unsupported='naive', **kind)).double()
+    gradient = 'projection' if 'gradient' in kind else 'batch'
+    naive = nn.Sequential(model[0], CBN(4, window_size=3, order=0, gradient=gradient)).double()
+    for x in batches(4):
+        results = []
+        for trained in (model, naive):
+            y = trained(x)
+            results += [y.detach(), *torch.autograd.grad(loss_of(y), trained[1].weight)]
+        for ours, theirs in zip(results[:2], results[2:], strict=True):
+            assert torch.equal(ours, theirs)
+        assert model[1].window_length == naive[1].window_length
+    assert (model[1].order, model[1].samples, model[1].gradient) == (0, None, gradient)
+    assert model[1]._finder not in pairing.watch
+    assert not any(module._forward_hooks for module in model.modules())
+    (message,) = told('takes order=0 (Naive CBN) from now on, because')
+    assert message.startswith("CBN layer '1'")
+
+
+def test_a_layer_that_became_naive_resumes_so_and_copies_are_so():
+    def made():
+        return nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU(), CBN(4, window_size=3, unsupported='naive')).double()
+
+    model, *inputs = made(), *batches(4)
+    for x in inputs[:3]:
+        model(x)
+    resumed = made()
+    resumed.load_state_dict(model.state_dict())
+    resumed[2].load_window_state(model[2].window_state())
+    copied = copy.deepcopy(model)
+    expected = model(inputs[3])
+    assert torch.equal(resumed(inputs[3]), expected) and torch.equal(copied(inputs[3]), expected)
+    assert resumed[2].order == copied[2].order == 0
+    with pytest.raises(ValueError, match='order or samples are others'):
+        CBN(4, window_size=3).load_window_state(model[2].window_state())
+
+
 class StandardizedConv(nn.Conv2d):
     def _conv_forward(self, input, weight, bias):
         return super()._conv_forward(input, weight / weight.std(), bias)
@@ -494,8 +628,6 @@ class StandardizedConv(nn.Conv2d):
 @pytest.mark.parametrize(
     ('conv', 'because'),
     [
-        (lambda: nn.ConvTranspose2d(4, 4, 3), 'it is a ConvTranspose2d'),
-        (lambda: ConvWS2d(4, 4, 3), 'ConvWS2d does not compute what torch.nn.Conv2d does'),
         (lambda: StandardizedConv(4, 4, 3), 'StandardizedConv does not compute what torch.nn.Conv2d does'),
         (lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3)), 'its weight is computed anew'),
         (lambda: nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 4, 3)), 'its weight is computed anew'),
@@ -730,20 +862,11 @@ def test_without_a_window_too_running_statistics_leave_out_the_bad_channels_alon
     assert norm.num_batches_tracked == 2 and norm.bad_batches == 1 and norm.window_length == 1
 
 
-@pytest.fixture
-def warnings_of(caplog):
-    """What the layers have told mmengine's log so far."""
-    logger = MMLogger.get_current_instance()
-    logger.addHandler(caplog.handler)
-    yield lambda: [record.getMessage() for record in caplog.records if 'current batch alone' in record.getMessage()]
-    logger.removeHandler(caplog.handler)
-
-
-def test_a_layer_whose_convolution_was_replaced_says_so_once(warnings_of):
+def test_a_layer_whose_convolution_was_replaced_says_so_once(told):
     model = conv_and_norm(window_size=3)
     for x in batches(3):
         model(x)
-    assert warnings_of() == []
+    assert told('current batch alone') == []
     for _ in range(2):
         model[0] = nn.Conv2d(4, 4, 3, padding=1).double()
         for finder in list(pairing.watch.finders):
@@ -751,23 +874,23 @@ def test_a_layer_whose_convolution_was_replaced_says_so_once(warnings_of):
         for length, x in zip((1, 1, 2), batches(3), strict=True):
             model(x)
             assert model[1].window_length == length
-    (warning,) = warnings_of()
+    (warning,) = told('current batch alone')
     assert warning.startswith("CBN layer '1' (CBN(4, ") and 'because the convolution that fed it' in warning
 
 
-def test_a_layer_whose_convolutions_take_turns_says_once_that_its_window_does_not_fit(warnings_of):
+def test_a_layer_whose_convolutions_take_turns_says_once_that_its_window_does_not_fit(told):
     norm = CBN(4, window_size=3).double()
     small, large = nn.Conv2d(4, 4, 1).double(), nn.Conv2d(4, 4, 3, padding=1).double()
     for conv, x in zip([small, large, small, large], batches(4), strict=True):
         norm(conv(x))
-    (warning,) = warnings_of()
+    (warning,) = told('current batch alone')
     assert "CBN layer 'CBN' (" in warning and 'because its window has statistics of another convolution' in warning
     norm = CBN(4, window_size=3).double()
     small.weight = nn.Parameter(torch.randn(4, 4, 3, 3).double())
     for x in batches(3):
         norm(small(x))
         small.weight = nn.Parameter(torch.randn(4, 4, *([1, 1] if len(small.weight[0, 0]) > 1 else [3, 3])).double())
-    assert len(warnings_of()) == 2, 'the same convolution, with a weight of another shape'
+    assert len(told('current batch alone')) == 2, 'the same convolution, with a weight of another shape'
 
 
 def test_replicas_of_data_parallel_are_refused_by_name():
@@ -876,11 +999,11 @@ def test_one_value_a_channel_is_an_error_as_in_batchnorm():
         (dict(running_stats=None), TypeError, "CBN: running_stats must be 'batch' or 'window', got None of type"),
         (dict(window_size=2**63), ValueError, 'window_size must be .*, and less than 2'),
         (dict(window_size=np.arange(2)), TypeError, r'window_size must be .*, got array\(\[0, 1\]\)'),
-        (dict(conv=nn.ReLU()), TypeError, r'conv must be a torch.nn.Conv2d or None, got ReLU\(\) of type ReLU'),
+        (dict(conv=nn.ReLU()), TypeError, r'conv must be a torch.nn.Conv2d or ConvTranspose2d, or None, got ReLU\(\) of type ReLU'),
         (
             dict(conv=StandardizedConv(3, 4, 1)),
             ValueError,
-            'conv must be a plain .*: StandardizedConv does not compute',
+            'conv must be a convolution that .*: StandardizedConv does not compute',
         ),
         (dict(conv=nn.Conv2d(3, 5, 1)), ValueError, 'conv must have out_channels=4, as num_features, got Conv2d'),
         (dict(samples=64, order=0), ValueError, 'samples must be None with order=0, got 64'),

@@ -21,11 +21,11 @@ def test_the_gradient_in_the_weight_is_autograds(order, samples, groups, has_var
     for inputs in torch.randn(3, 2, 6, 9, 8).double():
         with torch.no_grad():
             x = conv(inputs)
-            kept.append(compensation.keep(x, *batch_statistics(x), ConvCall.of(conv, inputs)))
+            kept.append(compensation.keep(x, *batch_statistics(x), ConvCall.of(conv, inputs, x)))
             conv.weight.add_(0.1 * torch.randn_like(conv.weight))
     old = compensation.Statistics(*map(torch.stack, zip(*kept, strict=True)))
     old.var[0, 3] = -10  # where the maximum of Eq. 10 takes over
-    call = ConvCall.of(conv, inputs)
+    call = ConvCall.of(conv, inputs, x)
     past = compensation.under_current_weights(old, call)
     assert past[1][0, 3] == 0
     gradients = torch.randn_like(past[0]), torch.randn_like(past[1]) * has_var_gradient

@@ -118,6 +118,32 @@ def test_a_layer_that_cannot_see_its_convolution_says_so(kind):
         compiled(x).backward()
 
 
+@BACKENDS
+def test_a_transposed_convolution_trains_as_without_it(backend):
+    torch.manual_seed(0)
+    model = Level()
+    model.conv = nn.ConvTranspose2d(4, 4, 3, stride=2, bias=True)
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(model, fullgraph=BREAKS_NO_GRAPH, backend=backend)
+    for net in (model, twin):  # torch < 2.8 needs a step before
+        net(images(1, 6)[0][0]).backward()
+        net.zero_grad()
+    train_side_by_side(model, compiled, twin, [x for (x,) in images(5, 6)])
+    assert model.norm.window_length == twin.norm.window_length == 3
+
+
+@BACKENDS
+@pytest.mark.parametrize('kind', COMPENSATED, ids=str)
+def test_a_layer_that_becomes_naive_trains_as_without_it(kind, backend):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU(), CBN(4, window_size=3, unsupported='naive', **kind))
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(model, backend=backend)
+    inputs = [x for (x,) in images(5, 8)]
+    train_side_by_side(model, compiled, twin, inputs, loss_of=lambda y: y.square().mean())
+    assert model[2].window_length == twin[2].window_length == 3 and model[2].order == 0
+
+
 def test_brn_trains_as_without_it():
     model = Head()
     model.norm = BRN(4, r_steps=(0, 3), d_steps=(0, 3))

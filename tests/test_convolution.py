@@ -7,9 +7,12 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from mmcv.cnn import ConvWS2d
+from mmcv.cnn.bricks import Conv2dAdaptivePadding
 from mmcv.cnn.bricks.wrappers import Conv2d as MMCVConv2d
 from torch import nn
 from torch.nn.modules import module as torch_module
+from torch.utils.flop_counter import FlopCounterMode
 
 from mmdet_cbn import CBN
 from mmdet_cbn.pairing import ConvCall, claim_call, remember_call, why_unsupported
@@ -154,15 +157,36 @@ def test_a_norm_fed_by_two_convolutions_finds_both():
     ],
 )
 def test_a_call_in_plain_terms_gives_the_same_output(arguments):
-    conv, inputs = nn.Conv2d(4, 6, groups=2, **arguments), torch.randn(2, 4, 7, 8)
-    call = ConvCall.of(conv, inputs)
-    torch.testing.assert_close(
-        F.conv2d(call.input, call.weight, call.bias, call.stride, call.padding, call.dilation, call.groups),
-        conv(inputs),
-    )
+    assert_same_in_plain_terms(nn.Conv2d(4, 6, groups=2, **arguments), torch.randn(2, 4, 7, 8))
+
+
+def assert_same_in_plain_terms(conv, inputs, **arguments):
+    output = conv(inputs, **arguments)
+    _, *plain = ConvCall.of(conv, inputs, output)
+    torch.testing.assert_close(F.conv2d(*plain), output)
+
+
+def test_a_transposed_convolution_of_a_given_size_in_plain_terms_is_the_same():
+    conv = nn.ConvTranspose2d(4, 6, 3, stride=3, groups=2)
+    assert_same_in_plain_terms(conv, torch.randn(2, 4, 7, 8), output_size=(23, 24))
+
+
+@pytest.mark.parametrize('size', [(7, 8), (6, 5), (1, 2)])
+def test_adaptive_padding_is_a_part_of_the_input(size):
+    assert_same_in_plain_terms(Conv2dAdaptivePadding(4, 6, 3, stride=2), torch.randn(2, 4, *size))
+
+
+def test_to_ask_for_a_call_does_not_run_the_convolution_again():
+    """Only what it does before."""
+    conv, inputs = ConvWS2d(4, 6, 3), torch.randn(2, 4, 7, 8)
+    output = conv(inputs)
+    with FlopCounterMode(display=False) as counter:
+        ConvCall.of(conv, inputs, output)
+    assert counter.get_total_flops() == 0
 
 
 def test_torchs_and_mmcvs_convolutions_are_supported():
     assert why_unsupported(nn.Conv2d(1, 1, 1)) is None
     assert why_unsupported(MMCVConv2d(1, 1, 1)) is None
-    assert 'ConvTranspose2d' in why_unsupported(nn.ConvTranspose2d(1, 1, 1))
+    assert why_unsupported(nn.ConvTranspose2d(1, 1, 1)) is None
+    assert 'Conv1d' in why_unsupported(nn.Conv1d(1, 1, 1))

@@ -5,6 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from mmcv.cnn import ConvAWS2d, ConvWS2d
+from mmcv.cnn.bricks import Conv2dAdaptivePadding
 from torch import nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException
@@ -81,6 +83,16 @@ def test_training_never_waits_for_the_device(kind, momentum, bias, dtype, monkey
             made = [tensor for tensor in gradients if tensor is not None]
             for tensor in (y, *made, *norm.windows.current.stacked(), *norm.buffers()):
                 assert tensor.device.type == DEVICE
+
+
+@pytest.mark.parametrize('make', [nn.ConvTranspose2d, ConvWS2d, ConvAWS2d, Conv2dAdaptivePadding])
+def test_with_other_convolutions_it_never_waits_either(make, monkeypatch):
+    monkeypatch.setattr(WindowNorm, 'apply', lambda *args: WindowNorm.forward(Context(), *args))
+    with FakeTensorMode() as mode, torch.no_grad():
+        model, fake = to_cuda(nn.Sequential(make(3, 4, 3, stride=2), CBN(4, window_size=3)), mode)
+        for _ in range(4):
+            assert model(fake(torch.empty(2, 3, 8, 8))).device.type == DEVICE
+        assert model[1].window_length == 3
 
 
 @pytest.mark.parametrize('momentum', [0.1, None])

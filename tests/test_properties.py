@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from mmcv.cnn import ConvWS2d
 from mmengine.runner import CheckpointLoader
 from torch import nn
 
@@ -240,8 +239,6 @@ class Standardized(nn.Conv2d):
 @given(
     kind=st.sampled_from(
         [
-            nn.ConvTranspose2d,
-            ConvWS2d,
             Standardized,
             lambda *args, **kwargs: nn.utils.parametrizations.weight_norm(nn.Conv2d(*args, **kwargs)),
             lambda *args, **kwargs: nn.Sequential(nn.Conv2d(*args, **kwargs), nn.ReLU()),

@@ -21,7 +21,7 @@ def of(conv, x):
     """Mean without the bias, and variance, of what ``conv`` makes of ``x``, and the call."""
     y = conv(x)
     mean, var = batch_statistics(y)
-    return y, mean - (0 if conv.bias is None else conv.bias), var, ConvCall.of(conv, x)
+    return y, mean - (0 if conv.bias is None else conv.bias), var, ConvCall.of(conv, x, y)
 
 
 def sample(conv, x, samples, start):

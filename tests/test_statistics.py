@@ -15,7 +15,7 @@ def call_of(name, dtype=torch.float64):
     torch.manual_seed(0)
     conv = nn.Conv2d(4, 4, **{'bias': False, **CONVOLUTIONS[name]}).to(dtype)
     inputs = torch.randn(3, 4, 10, 8, dtype=dtype) + 2
-    return ConvCall.of(conv, inputs), conv(inputs).detach()
+    return ConvCall.of(conv, inputs, conv(inputs)), conv(inputs).detach()
 
 
 def statistics_of(call, x):

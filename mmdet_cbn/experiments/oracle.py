@@ -6,8 +6,9 @@ the paper does, and the old weights, and the backward pass is autograd's.
 The tests hold the layer against it, and so does :mod:`mmdet_cbn.experiments.preflight` on a user's machine.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ class Past(NamedTuple):
 
 
 class OracleCBN:
-    """conv + CBN. ``conv_args`` are stride, padding, dilation and groups of ``F.conv2d``.
+    """conv + CBN. ``convolve`` is the convolution, as a function of input and weight; ``conv_args`` are what else it takes.
 
     Order 2 is the left side of Eq. 5 and 6: what the old batch's mu and nu are under theta_t. The series ends there, as
     mu is linear in the weights of the layer, and nu quadratic.
@@ -35,19 +36,25 @@ class OracleCBN:
     """
 
     def __init__(
-        self, window_size: int, order: int = 1, eps: float = 1e-5, gradient: Any = 'batch', **conv_args: Any
+        self,
+        window_size: int,
+        order: int = 1,
+        eps: float = 1e-5,
+        gradient: Any = 'batch',
+        convolve: Callable[..., Tensor] = F.conv2d,
+        **conv_args: Any,
     ) -> None:
         self.window_size, self.order, self.eps, self.gradient = window_size, order, eps, gradient
-        self.conv_args = conv_args
+        self.convolve = partial(convolve, **conv_args)
         self.past: list[Past] = []
 
     def __call__(self, y: Tensor, theta: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
         def statistics(weight: Tensor, y: Tensor = y) -> tuple[Tensor, Tensor]:
-            x = F.conv2d(y.detach(), weight, **self.conv_args)
+            x = self.convolve(y.detach(), weight)
             return x.mean(dim=(0, 2, 3)), x.square().mean(dim=(0, 2, 3))
 
         follows_theta = self.gradient not in ('batch', 'projection')  # then y has a gradient of its own below
-        x = F.conv2d(y.detach() if follows_theta else y, theta, **self.conv_args)
+        x = self.convolve(y.detach() if follows_theta else y, theta)
         mu_t, nu_t = x.mean(dim=(0, 2, 3)), x.square().mean(dim=(0, 2, 3))  # Algorithm 1, line 1
         mus, nus = [mu_t], [nu_t]
         # theta_t is constant inside a Taylor term, or not: the text of section 3.3 allows both.
@@ -77,7 +84,7 @@ class OracleCBN:
             output = self._scale(x_hat * r[:, None, None] + d[:, None, None], gamma, beta)
         elif follows_theta:  # theta sees the window; to y, the batch stands for a part of the earlier iterations
             for_theta = self._scale(self._normalize(x, mu_bar, var_bar), gamma, beta)
-            x = F.conv2d(y, theta.detach(), **self.conv_args)
+            x = self.convolve(y, theta.detach())
             mu, nu = x.mean(dim=(0, 2, 3)), x.square().mean(dim=(0, 2, 3))
             stand_in = {'weights': 0.0, 'window': 1.0}.get(self.gradient, self.gradient)
             share = 1 / len(mus) + stand_in * (1 - 1 / len(mus))

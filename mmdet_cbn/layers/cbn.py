@@ -30,8 +30,8 @@ Model = TypeVar('Model', bound=nn.Module)
 _is_exporting = getattr(torch.compiler, 'is_exporting', bool)  # an old torch has no such function: never
 
 _REMEDY = (
-    "Use order=0 (Naive CBN), which needs no convolution, or type='BN', in the norm_cfg of this layer; "
-    'or call the layer as norm(conv(x)) with a torch.nn.Conv2d.'
+    "Use order=0 (Naive CBN), which needs no convolution, or type='BN', in the norm_cfg of this layer; or "
+    "unsupported='naive', for order=0 in all such layers; or call the layer as norm(conv(x)) with a torch.nn.Conv2d."
 )
 if IS_BEFORE_2_8:
     _REMEDY += (
@@ -90,6 +90,8 @@ class CBN(nn.BatchNorm2d):
             ``'projection'`` alone, for ``'batch'``.
         conv: The convolution that feeds the layer, for models that you build yourself. It does not become a part of
             the layer. None to find it in training.
+        unsupported: What the layer does in its first training forward if it needs a convolution, and no supported one
+            feeds it. ``'error'``: raise an error. ``'naive'``: log that, and be Naive CBN (``order=0``) from then on.
         device: Of parameters and buffers, as in torch.
         dtype: Of parameters and buffers, as in torch.
 
@@ -109,8 +111,8 @@ class CBN(nn.BatchNorm2d):
             torch.
         RuntimeError: In training: the input has another number of channels; ``torch.nn.DataParallel`` replicates the
             layer; it is unknown which call of a checkpointed block runs again; ``window_size`` is still ``'auto'``;
-            under ``torch.export``. In the first training forward with ``order`` 1 or 2: no supported convolution feeds
-            the layer, or torch < 2.8 compiles it.
+            under ``torch.export``. In the first training forward with ``order`` 1 or 2 and ``unsupported='error'``: no
+            supported convolution feeds the layer, or torch < 2.8 compiles it.
     """
 
     def __init__(
@@ -125,7 +127,8 @@ class CBN(nn.BatchNorm2d):
         samples: int | None = None,
         running_stats: Literal['batch', 'window'] = 'window',
         gradient: Gradient | None = None,
-        conv: nn.Conv2d | None = None,
+        conv: nn.Conv2d | nn.ConvTranspose2d | None = None,
+        unsupported: Literal['error', 'naive'] = 'error',
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -138,6 +141,7 @@ class CBN(nn.BatchNorm2d):
             if order != 1:
                 raise ValueError(f'CBN: samples must be None with order={order}, got {samples}; they go with order=1')
         check_choice('CBN', 'running_stats', running_stats, ('batch', 'window'))
+        check_choice('CBN', 'unsupported', unsupported, ('error', 'naive'))
         if gradient is None:
             gradient = 'batch' if order == 0 else DEFAULT_GRADIENT
         _check_gradient(gradient)
@@ -153,6 +157,7 @@ class CBN(nn.BatchNorm2d):
         self.samples = samples
         self.running_stats = running_stats
         self.gradient = gradient
+        self.unsupported = unsupported
         self.compensation = make_compensation(order, samples)
         self.burn_in = False
         self.window_length = 0
@@ -169,13 +174,14 @@ class CBN(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         """Normalize ``input``, the output of a convolution, [N, C, H, W] (Algorithm 1)."""
         has_window = self.training and self.window_size != 1
-        conv = self._find_conv(input) if has_window else None
+        found = self._find_conv(input) if has_window else None
         if has_window and input.numel() == 0:
-            return self._empty_forward(input, conv)
-        if not has_window or self.burn_in or (conv is None and self.compensation.needs_conv):
+            return self._empty_forward(input, found)
+        if not has_window or self.burn_in or (found is None and self.compensation.needs_conv):
             return self._batch_norm(input)
+        conv = None if found is None else ConvCall.of(*found, input)
         mean, var, gradient, call = self.window_step(input, conv, self._running())
-        conv_bias, conv_weight = (None, None) if conv is None else (conv[0].bias, conv[0].weight)
+        conv_bias, conv_weight = (None, None) if conv is None else (conv.bias, conv.weight)
         parameters = (self.weight, self.bias, conv_bias, conv_weight)
         return WindowNorm.apply(input, *parameters, mean, var, self.eps, call, *gradient)  # Eq. 12
 
@@ -217,40 +223,52 @@ class CBN(nn.BatchNorm2d):
         self._count_if_bad(finite)
         return output
 
-    def _empty_forward(self, input: Tensor, conv: tuple[nn.Conv2d, Tensor] | None) -> Tensor:
+    def _empty_forward(self, input: Tensor, found: tuple[nn.Module, Tensor] | None) -> Tensor:
         output = super().forward(input)
         if output.grad_fn is not None and not is_compiling():
             # It is a call like the others: without it, the calls that follow would use each other's windows.
-            call = self.windows.begin_call(None if conv is None else conv[0])
+            call = self.windows.begin_call(None if found is None else found[0])
             output.grad_fn.register_prehook(call.note_backward)
         return output
 
-    def _find_conv(self, input: Tensor) -> tuple[nn.Conv2d, Tensor] | None:
+    def _find_conv(self, input: Tensor) -> tuple[Any, Tensor] | None:
         """The convolution that made ``input``, and its own input.
 
-        None if the compensation needs no convolution, or if the known one was replaced.
+        None if the compensation needs no convolution, or from now on needs none, or if the known one was replaced.
         """
         self._check_training_input(input)
         if not self.compensation.needs_conv:
             return None
+        reason: str | None = 'its input is not the output of a convolution that was called just before, unchanged'
         try:
             found = self._finder.find(input)
         except LookupError:
-            raise RuntimeError(
-                f'{title_of(self)} compensates for the change of the convolution that feeds it, but its input is not '
-                f'the output of a convolution that was called just before, unchanged. {_REMEDY}'
-            ) from None
-        if found is None:
-            if not self.burn_in:
-                self.warn_once('the convolution that fed it before has been replaced; it looks for the new one')
-            return None
-        reason = why_unsupported(found[0])
-        if reason is not None:
+            found = None
+        else:
+            if found is None:
+                if not self.burn_in:
+                    self.warn_once('the convolution that fed it before has been replaced; it looks for the new one')
+                return None
+            reason = why_unsupported(found[0])
+        return found if reason is None else self._do_without_conv(reason)
+
+    @torch.compiler.disable
+    def _do_without_conv(self, reason: str) -> None:
+        """Become Naive CBN, or raise an error."""
+        if self.unsupported == 'error':
             raise RuntimeError(
                 f'{title_of(self)} cannot compensate for the change of the convolution that feeds it, because '
                 f'{reason}. {_REMEDY}'
             )
-        return found  # type: ignore[return-value]
+        print_log(f'{title_of(self)} takes order=0 (Naive CBN) from now on, because {reason}.', logger='current')
+        self._become_naive()
+
+    def _become_naive(self) -> None:
+        self._finder.stop()
+        self.order, self.samples = 0, None
+        self.compensation = make_compensation(0, None)
+        if stand_in(self.gradient) is not None:
+            self.gradient = 'batch'
 
     def _observe(self, step: WindowStep) -> None:
         self.window_length = 1 if step.past is None else 1 + len(self.windows.current)
@@ -351,7 +369,7 @@ class CBN(nn.BatchNorm2d):
 
     def window_state(self) -> dict[str, Any]:
         """What :meth:`load_window_state` restores: plain data and tensors."""
-        return dict(windows=self.windows.state(), compensation=self.compensation.state())
+        return dict(order=self.order, windows=self.windows.state(), compensation=self.compensation.state())
 
     def load_window_state(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`window_state` returned.
@@ -360,6 +378,8 @@ class CBN(nn.BatchNorm2d):
             ValueError, TypeError, KeyError: The state is something else, or of a layer with other arguments.
         """
         self.forget_window()
+        if state.get('order') == 0 and self.unsupported == 'naive':
+            self._become_naive()
         self.windows.load(state['windows'], self.compensation.Statistics)
         for window in self.windows:
             old = window.stacked()
@@ -410,9 +430,8 @@ class CBN(nn.BatchNorm2d):
         Args:
             module: A model with ``nn.BatchNorm2d`` or ``nn.SyncBatchNorm`` layers, or one of these layers itself.
             prefixes: Names of the parts to convert, as in ``named_modules``; None for all.
-            **arguments: ``window_size``, ``order``, ``samples``, ``running_stats`` and ``gradient`` of the new
-                layers. The old layers
-                give the other arguments.
+            **arguments: ``window_size``, ``order``, ``samples``, ``running_stats``, ``gradient`` and ``unsupported`` of
+                the new layers. The old layers give the other arguments.
 
         Returns:
             ``module``.
@@ -438,7 +457,7 @@ class CBN(nn.BatchNorm2d):
     def extra_repr(self) -> str:
         return (
             f'{super().extra_repr()}, window_size={self.window_size!r}, order={self.order}, samples={self.samples}, '
-            f'running_stats={self.running_stats!r}, gradient={self.gradient!r}'
+            f'running_stats={self.running_stats!r}, gradient={self.gradient!r}, unsupported={self.unsupported!r}'
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -469,10 +488,13 @@ def _check_gradient(gradient: Any) -> None:
 
 
 def _check_conv(conv: Any, num_features: int) -> None:
-    if not isinstance(conv, nn.Conv2d):
-        raise TypeError(f'CBN: conv must be a torch.nn.Conv2d or None, got {shown(conv)} of type {type(conv).__name__}')
+    if not isinstance(conv, nn.Conv2d | nn.ConvTranspose2d):
+        raise TypeError(
+            'CBN: conv must be a torch.nn.Conv2d or ConvTranspose2d, or None, '
+            f'got {shown(conv)} of type {type(conv).__name__}'
+        )
     reason = why_unsupported(conv)
     if reason is not None:
-        raise ValueError(f'CBN: conv must be a plain torch.nn.Conv2d, got {shown(conv)}: {reason}')
+        raise ValueError(f'CBN: conv must be a convolution that it can compensate for, got {shown(conv)}: {reason}')
     if conv.out_channels != num_features:
         raise ValueError(f'CBN: conv must have out_channels={num_features}, as num_features, got {shown(conv)}')

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..old_torch import custom_op, is_compiling
+from ..pairing import ConvCall
 from .gradient import StatisticsGradient, has_fraction, has_slopes, number_of_patches
 from .statistics import Running, statistics_dtype
 
@@ -39,26 +40,29 @@ def opaque_to_compiler(method: Callable) -> Callable:
     """Make a step of CBN one operator in a compiled graph. Otherwise it is called as it is.
 
     Args:
-        method: ``(layer, x, found_conv, running)`` to ``(mean, var, gradient, call)``.
+        method: ``(layer, x, conv, running)`` to ``(mean, var, gradient, call)``.
     """
 
     @wraps(method)
-    def step(layer: Any, x: Tensor, found_conv: tuple[nn.Module, Tensor] | None, running: Running) -> tuple:
+    def step(layer: Any, x: Tensor, conv: ConvCall | None, running: Running) -> tuple:
         if not is_compiling():
-            return method(layer, x, found_conv, running)
-        conv, conv_input = (-1, None) if found_conv is None else (number_of(found_conv[0]), found_conv[1])
+            return method(layer, x, conv, running)
+        tensors: list[Tensor | None] = [None] * 3
+        settings = [-1]
+        if conv is not None:
+            tensors = [conv.input, conv.weight, conv.bias]
+            settings = [number_of(conv.module), *conv.stride, *conv.padding, *conv.dilation, conv.groups]
         is_learning = torch.is_grad_enabled() and any(
             tensor is not None and tensor.requires_grad for tensor in (x, layer.weight, layer.bias)
         )
         number = number_of(layer)
         slope_shape: list[int] = []
         patches = number_of_patches(layer.gradient, layer.window_size)
-        weight: Any = None if found_conv is None else found_conv[0].weight
-        if weight is not None and has_slopes(layer.gradient, weight):
-            slope_shape = list(weight.shape)
+        if conv is not None and has_slopes(layer.gradient, conv.weight):
+            slope_shape = list(conv.weight.shape)
         members_of = has_fraction(layer.gradient), slope_shape, patches, layer.gradient == 'projection'
         with torch.no_grad():
-            mean, var, *gradient = _step_operator(x, conv_input, *running, number, conv, is_learning, *members_of)
+            mean, var, *gradient = _step_operator(x, *tensors, *running, number, settings, is_learning, *members_of)
         # An operator returns no None.
         members = [None if tensor.numel() == 0 else tensor for tensor in gradient]
         return mean, var, StatisticsGradient(*members), number
@@ -75,11 +79,13 @@ def opaque_to_compiler(method: Callable) -> Callable:
 def _step_operator(
     x: Tensor,
     conv_input: Tensor | None,
+    conv_weight: Tensor | None,
+    conv_bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
     layer: int,
-    conv: int,
+    conv: list[int],
     is_learning: bool,
     has_fraction: bool,
     slope_shape: list[int],
@@ -90,12 +96,14 @@ def _step_operator(
 
     Args:
         x: Output of the convolution, [N, C, H, W].
-        conv_input: Its input, [N, C_in, H, W]; None if no convolution is needed.
+        conv_input: The tensors of :class:`ConvCall`; None if no convolution is needed.
+        conv_weight: As before.
+        conv_bias: As before.
         running_mean: Buffers of the layer.
         running_var: Buffers of the layer.
         num_batches_tracked: Buffers of the layer.
         layer: Number of the layer.
-        conv: Number of the convolution, if there is a ``conv_input``.
+        conv: Number of the convolution, and its stride, padding, dilation and groups, if there is a ``conv_input``.
         is_learning: Whether a backward pass may follow.
         has_fraction: Whether the layer's gradient has a fraction. Only the compiler looks at this and what follows.
         slope_shape: Of the weight; empty if it receives no gradient from the layer.
@@ -106,10 +114,15 @@ def _step_operator(
         Mean, variance, and the members of :class:`StatisticsGradient`, which are empty for None.
     """
     norm: Any = _modules[layer]
-    found_conv = None if conv_input is None else (_modules[conv], conv_input)
-    mean, var, made, call = norm.window_step(x, found_conv, Running(running_mean, running_var, num_batches_tracked))
+    found: ConvCall | None = None
+    if conv_input is not None and conv_weight is not None:
+        module: Any = _modules[conv[0]]
+        pairs = [(conv[i], conv[i + 1]) for i in (1, 3, 5)]
+        weight = conv_weight.detach().requires_grad_(bool(slope_shape))  # which asks for its slopes
+        found = ConvCall(module, conv_input, weight, conv_bias, *pairs, conv[7])
+    mean, var, made, call = norm.window_step(x, found, Running(running_mean, running_var, num_batches_tracked))
     norm.windows.iteration.compiled_call = call if is_learning else None
-    members = [var.new_empty(0) if tensor is None else tensor for tensor in made]
+    members = [var.new_empty(0) if tensor is None else tensor.contiguous() for tensor in made]
     members[4:] = [tensor.clone() for tensor in members[4:]]  # while the window is empty, these are mean and var
     return mean, var, *members
 

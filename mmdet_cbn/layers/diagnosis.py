@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .step import WindowStep
@@ -15,7 +15,7 @@ class Diagnosis(NamedTuple):
     window_length: int  #: over how many iterations the last training forward averaged
     correction: float  #: mean distance that compensation moved the old means, in sigma of the current batch
     invalid: float  #: share of the old variances, from 0 to 1, that the maximum of Eq. 10 kept from being negative
-    radial: float | None  #: mean of :func:`radial_part` of the convolution; None if its weight has no gradient
+    radial: float | None  #: mean of :func:`radial_part` of a Conv2d; None if its weight has no gradient
 
 
 @torch.no_grad()
@@ -72,7 +72,8 @@ class DiagnosisRecorder:
 
     def _watch_gradient(self, step: WindowStep) -> None:
         module = None if step.conv is None else step.conv.module
-        if module is not None and module.weight.requires_grad and module.weight not in self._handles:
+        # The weight of a transposed convolution has its output channels along another axis.
+        if isinstance(module, nn.Conv2d) and module.weight.requires_grad and module.weight not in self._handles:
             hook = module.weight.register_post_accumulate_grad_hook(self._record_gradient)
             self._handles[module.weight] = hook
 

@@ -6,7 +6,7 @@ from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..old_torch import is_autocast_enabled
 from ..pairing import ConvCall
@@ -41,14 +41,14 @@ def once_per_step(method: Callable) -> Callable:
         method: ``(layer, x, conv, running)`` to a :class:`WindowStep`. It changes the window.
 
     Returns:
-        ``(layer, x, found_conv, running)`` to mean, bias included, variance, gradient and the call.
+        ``(layer, x, conv, running)`` to mean, bias included, variance, gradient and the call.
     """
 
     @wraps(method)
     def step(
-        layer: Any, x: Tensor, found_conv: tuple[nn.Conv2d, Tensor] | None, running: Running
+        layer: Any, x: Tensor, conv: ConvCall | None, running: Running
     ) -> tuple[Tensor, Tensor, StatisticsGradient, Call]:
-        module = None if found_conv is None else found_conv[0]
+        module = None if conv is None else conv.module
         windows = layer.windows
         if is_recomputing():
             return *windows.iteration.recall(layer, x.shape, module), Call(None)
@@ -58,7 +58,7 @@ def once_per_step(method: Callable) -> Callable:
         # It takes as long as some of the statistics, so it is made only where autocast is on.
         full_precision = torch.autocast(device, enabled=False) if is_autocast_enabled(device) else nullcontext()
         with torch.no_grad(), full_precision:
-            made: WindowStep = method(layer, x, None if found_conv is None else ConvCall.of(*found_conv), running)
+            made: WindowStep = method(layer, x, conv, running)
         if windows.has_dropped or (made.past is None and not was_empty):
             layer.warn_once('its window has statistics of another convolution, which are dropped')
         result = made.biased_window_mean, made.window_var, made.gradient
