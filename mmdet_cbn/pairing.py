@@ -182,7 +182,7 @@ class ConvFinder:
         conv: The convolution that feeds the norm. None to find it in training.
     """
 
-    def __init__(self, conv: nn.Conv2d | None = None) -> None:
+    def __init__(self, conv: _ConvNd | None = None) -> None:
         # The convolutions known, each with the handle of its hook while the norm is in training.
         self._handles: dict[_ConvNd, RemovableHandle | None] = {} if conv is None else {conv: None}
         self._is_told = conv is not None
@@ -288,15 +288,15 @@ watch = Watch()
 def why_unsupported(conv: _ConvNd) -> str | None:
     """Why compensation cannot handle ``conv``, to follow "because"; None if it can."""
     name, forward = type(conv).__name__, type(conv).forward
-    if not isinstance(conv, nn.Conv2d | nn.ConvTranspose2d):
-        return f'it is a {name}, not a torch.nn.Conv2d or ConvTranspose2d'
     if isinstance(conv, nn.ConvTranspose2d):
-        is_known = forward in _TRANSPOSED_FORWARDS
-    else:
-        is_known = forward in _PLAIN_FORWARDS + _PREPARING_FORWARDS
+        kind, is_known = 'ConvTranspose2d', forward in _TRANSPOSED_FORWARDS
+    elif isinstance(conv, nn.Conv2d):
+        kind, is_known = 'Conv2d', forward in _PLAIN_FORWARDS + _PREPARING_FORWARDS
         is_known = is_known and type(conv)._conv_forward is nn.Conv2d._conv_forward
+    else:
+        return f'it is a {name}, not a torch.nn.Conv2d or ConvTranspose2d'
     if not is_known:
-        return f'{name} does not compute what torch.nn.{"Conv2d" if isinstance(conv, nn.Conv2d) else "ConvTranspose2d"} does'
+        return f'{name} does not compute what torch.nn.{kind} does'
     if 'weight' not in conv._parameters:
         return 'its weight is computed anew in each forward (a parametrization, weight or spectral norm)'
     if is_compiling() and forward in _PREPARING_FORWARDS:

@@ -132,7 +132,11 @@ OTHERS = {
         lambda x, weight: F.conv2d(x, weight, padding=1, groups=2),
         standardized,
     ),
-    'ConvAWS': (lambda: ConvAWS2d(4, 4, 3, stride=2), lambda x, weight: F.conv2d(x, weight, stride=2), standardized_anew),
+    'ConvAWS': (
+        lambda: ConvAWS2d(4, 4, 3, stride=2),
+        lambda x, weight: F.conv2d(x, weight, stride=2),
+        standardized_anew,
+    ),
     'adaptive padding': (
         lambda: Conv2dAdaptivePadding(4, 4, 3, stride=2),
         lambda x, weight: F.conv2d(F.pad(x, (1, 1, 1, 1)), weight, stride=2),  # of an odd number of rows and columns
@@ -999,7 +1003,11 @@ def test_one_value_a_channel_is_an_error_as_in_batchnorm():
         (dict(running_stats=None), TypeError, "CBN: running_stats must be 'batch' or 'window', got None of type"),
         (dict(window_size=2**63), ValueError, 'window_size must be .*, and less than 2'),
         (dict(window_size=np.arange(2)), TypeError, r'window_size must be .*, got array\(\[0, 1\]\)'),
-        (dict(conv=nn.ReLU()), TypeError, r'conv must be a torch.nn.Conv2d or ConvTranspose2d, or None, got ReLU\(\) of type ReLU'),
+        (
+            dict(conv=nn.ReLU()),
+            TypeError,
+            'conv must be a torch.nn.Conv2d or ConvTranspose2d, or None, got ReLU',
+        ),
         (
             dict(conv=StandardizedConv(3, 4, 1)),
             ValueError,

@@ -26,7 +26,7 @@ class Past(NamedTuple):
 
 
 class OracleCBN:
-    """conv + CBN. ``convolve`` is the convolution, as a function of input and weight; ``conv_args`` are what else it takes.
+    """conv + CBN. ``convolve`` is the convolution, as a function of input and weight; it also takes ``conv_args``.
 
     Order 2 is the left side of Eq. 5 and 6: what the old batch's mu and nu are under theta_t. The series ends there, as
     mu is linear in the weights of the layer, and nu quadratic.

@@ -97,6 +97,7 @@ class CBN(nn.BatchNorm2d):
 
     Attributes:
         burn_in (bool): While True, train as ``nn.BatchNorm2d`` (k = 1). :class:`CBNBurnInHook` sets it.
+        naive_because (str | None): Why the layer became Naive CBN (``unsupported='naive'``); None if it did not.
         window_length (int): Over how many iterations the last training forward averaged; 0 before the first.
         windows (CallWindows): What the layer remembers, one window for each of its calls in an iteration.
         diagnose (bool): While True, record what :meth:`diagnosis` returns, which costs a few small operators.
@@ -158,6 +159,7 @@ class CBN(nn.BatchNorm2d):
         self.running_stats = running_stats
         self.gradient = gradient
         self.unsupported = unsupported
+        self.naive_because: str | None = None
         self.compensation = make_compensation(order, samples)
         self.burn_in = False
         self.window_length = 0
@@ -223,7 +225,7 @@ class CBN(nn.BatchNorm2d):
         self._count_if_bad(finite)
         return output
 
-    def _empty_forward(self, input: Tensor, found: tuple[nn.Module, Tensor] | None) -> Tensor:
+    def _empty_forward(self, input: Tensor, found: tuple[Any, Tensor] | None) -> Tensor:
         output = super().forward(input)
         if output.grad_fn is not None and not is_compiling():
             # It is a call like the others: without it, the calls that follow would use each other's windows.
@@ -261,9 +263,10 @@ class CBN(nn.BatchNorm2d):
                 f'{reason}. {_REMEDY}'
             )
         print_log(f'{title_of(self)} takes order=0 (Naive CBN) from now on, because {reason}.', logger='current')
-        self._become_naive()
+        self._become_naive(reason)
 
-    def _become_naive(self) -> None:
+    def _become_naive(self, reason: str) -> None:
+        self.naive_because = reason
         self._finder.stop()
         self.order, self.samples = 0, None
         self.compensation = make_compensation(0, None)
@@ -379,7 +382,7 @@ class CBN(nn.BatchNorm2d):
         """
         self.forget_window()
         if state.get('order') == 0 and self.unsupported == 'naive':
-            self._become_naive()
+            self._become_naive('it was, when its window was saved')
         self.windows.load(state['windows'], self.compensation.Statistics)
         for window in self.windows:
             old = window.stacked()

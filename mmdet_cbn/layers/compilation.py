@@ -117,9 +117,10 @@ def _step_operator(
     found: ConvCall | None = None
     if conv_input is not None and conv_weight is not None:
         module: Any = _modules[conv[0]]
-        pairs = [(conv[i], conv[i + 1]) for i in (1, 3, 5)]
         weight = conv_weight.detach().requires_grad_(bool(slope_shape))  # which asks for its slopes
-        found = ConvCall(module, conv_input, weight, conv_bias, *pairs, conv[7])
+        found = ConvCall(
+            module, conv_input, weight, conv_bias, (conv[1], conv[2]), (conv[3], conv[4]), (conv[5], conv[6]), conv[7]
+        )
     mean, var, made, call = norm.window_step(x, found, Running(running_mean, running_var, num_batches_tracked))
     norm.windows.iteration.compiled_call = call if is_learning else None
     members = [var.new_empty(0) if tensor is None else tensor.contiguous() for tensor in made]

@@ -86,7 +86,7 @@ class Replay:
         self._visit: Callable[[str, Seen], None] | None = None
         self._running: OldIteration | None = None
         self._last: str | None = None
-        self._conv_call: tuple[nn.Conv2d, Tensor] | None = None
+        self._conv_call: Any = None  # the last convolution that ran, and its input
         self._current: OldIteration | None = None
         for name, layer in self.layers.items():
             layer.register_step_hook(partial(self._keep, name))
@@ -173,7 +173,7 @@ class Replay:
         if x.numel() == 0:
             return None
         with torch.autocast(x.device.type, enabled=False):
-            conv = ConvCall.of(*self._conv_call, x)  # type: ignore[misc]
+            conv = ConvCall.of(*self._conv_call, x)
             batch_mean, var = batch_statistics(x)
             return self._replay(name, Seen(layer, conv, x, batch_mean, conv.without_bias(batch_mean), var))
 
