@@ -173,7 +173,7 @@ class Replay:
         if x.numel() == 0:
             return None
         with torch.autocast(x.device.type, enabled=False):
-            conv = ConvCall.of(*self._conv_call, x)
+            conv = ConvCall.of(self._conv_call[0], self._conv_call[1], x)
             batch_mean, var = batch_statistics(x)
             return self._replay(name, Seen(layer, conv, x, batch_mean, conv.without_bias(batch_mean), var))
 
