@@ -5,20 +5,24 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import MappingProxyType
 
 import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import runner_builder
+from conftest import ROOT, runner_builder
 from mmcv.cnn import fuse_conv_bn
 from mmdet.apis import DetInferencer, inference_detector, init_detector
 from mmdet.registry import MODELS
+from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.structures import InstanceData
 from torch import nn
 
 from mmdet_cbn import CBN
+from mmdet_cbn.experiments.paper.classifier import MultiLabelClassifier
+from mmdet_cbn.openmmlab.publish import plain_config
 
 pytestmark = pytest.mark.slow
 
@@ -26,7 +30,6 @@ HAS_DYNAMO = hasattr(getattr(torch.export, 'Dim', None), 'DYNAMIC')  # torch >= 
 EXPORTERS = pytest.mark.parametrize(
     'dynamo', [False, *[True] * HAS_DYNAMO], ids=['torchscript', 'dynamo'][: 1 + HAS_DYNAMO]
 )
-PARTS = ('backbone', 'neck', 'roi_head.bbox_head')
 
 WITHOUT_PLUGIN = """
 import sys
@@ -82,12 +85,7 @@ def checkpoint(runner):
 
 @pytest.fixture(scope='module')
 def bn_config(runner):
-    config = runner.cfg.copy()
-    for key in ('custom_imports', 'custom_hooks'):
-        config.pop(key)
-    for part in PARTS:
-        config.merge_from_dict({f'model.{part}.norm_cfg': dict(type='BN', _delete_=True)})
-    return config
+    return plain_config(runner.cfg)
 
 
 @pytest.fixture(scope='module')
@@ -240,14 +238,71 @@ def test_without_the_plugin_a_batchnorm_config_loads_the_checkpoint_and_detects_
 ):
     (file,) = Path(runner.work_dir).glob(pattern)
     bn_config.dump(tmp_path / 'bn.py')
-    arguments = [tmp_path / 'bn.py', file, images[0], tmp_path / 'detections.pth']
+    theirs = detected_without_plugin(tmp_path / 'bn.py', file, images[0], tmp_path, variables)
+    assert len(theirs) > 0
+    assert_same(theirs, detections(detector, runner.val_dataloader)[0])
+
+
+def detected_without_plugin(config, checkpoint, image, tmp_path, variables=MappingProxyType({})):
+    arguments = [config, checkpoint, image, tmp_path / 'detections.pth']
     environment = {name: value for name, value in os.environ.items() if not name.startswith('TORCH_FORCE')}
     subprocess.run(
         [sys.executable, '-c', WITHOUT_PLUGIN, *arguments], env=environment | variables, check=True, cwd=tmp_path
     )
-    theirs = InstanceData(**torch.load(tmp_path / 'detections.pth'))
-    assert len(theirs) > 0
-    assert_same(theirs, detections(detector, runner.val_dataloader)[0])
+    return InstanceData(**torch.load(tmp_path / 'detections.pth'))
+
+
+def publish(*arguments):
+    return subprocess.run([sys.executable, ROOT / 'tools/publish.py', *arguments], capture_output=True, text=True)
+
+
+def test_what_the_tool_publishes_detects_the_same_without_the_plugin(
+    runner, detector, config, checkpoint, images, tmp_path
+):
+    result = publish(config, checkpoint, tmp_path / 'published')
+    assert result.returncode == 0, result.stderr
+    written = [tmp_path / 'published' / name for name in ('config.py', 'model.pth')]
+    assert all(str(path) in result.stdout for path in written)
+    assert set(torch.load(written[1], weights_only=True)) == {'meta', 'state_dict'}
+    expected = detections(detector, runner.val_dataloader)[0]
+    assert_same(detected_without_plugin(*written, images[0], tmp_path), expected)
+    inferencer = DetInferencer(weights=str(written[1]), device='cpu', show_progress=False)
+    assert inferencer(images[0], no_save_vis=True)['predictions'][0]['scores'] == expected.scores.tolist()
+
+
+def test_the_tool_publishes_nothing_that_does_not_fit(config, checkpoint, tmp_path):
+    state = torch.load(checkpoint, weights_only=False)
+    del state['state_dict']['backbone.conv1.weight']
+    torch.save(state, tmp_path / 'partial.pth')
+    torch.save(dict(weights=1), tmp_path / 'other.pth')
+    for file, message in (('partial.pth', 'backbone.conv1.weight'), ('other.pth', 'state_dict')):
+        result = publish(config, tmp_path / file, tmp_path / 'published')
+        assert result.returncode == 2 and message in result.stderr
+        assert not (tmp_path / 'published').exists()
+    result = publish(config, checkpoint, tmp_path)
+    assert result.returncode == 2 and 'must not exist' in result.stderr
+
+
+def test_a_config_that_needs_more_of_the_plugin_is_refused_by_name():
+    config = Config(dict(model=dict(type='mmdet.MultiLabelClassifier', backbone=dict(norm_cfg=dict(type='CBN')))))
+    with pytest.raises(ValueError, match=MultiLabelClassifier.__name__):
+        plain_config(config)
+
+
+@pytest.mark.parametrize(
+    ('imports', 'left'), [(['mmdet_cbn'], None), ('mmdet_cbn.layers', None), (['a', 'mmdet_cbn'], ['a'])]
+)
+def test_of_a_published_config_other_imports_and_hooks_stay(imports, left):
+    config = Config(
+        dict(
+            custom_imports=dict(imports=imports),
+            norm_cfg=dict(type='BRN', eps=0.1, r_steps=(1, 2)),
+            custom_hooks=[dict(type='CBNBurnInHook', burn_in_epochs=1), dict(type='EMAHook')],
+        )
+    )
+    plain = plain_config(config)
+    assert plain.get('custom_imports', dict(imports=None))['imports'] == left
+    assert plain.norm_cfg == dict(type='BN', eps=0.1) and plain.custom_hooks == [dict(type='EMAHook')]
 
 
 def test_init_detector_detects_what_the_trained_model_does(runner, detector, config, checkpoint, images):

@@ -255,6 +255,7 @@ PHOTOGRAPHS_FASTER = _table(
     'images per step',
     *_on_photographs(FASTER),
 )
+_WITH_SGD: tuple[tuple[str, dict[str, Any]], ...] = (('Naive CBN', {}), ('CBN', {}), ('CBN', {'gradient': 0.25}))
 SGD = _table(
     'sgd',
     'SGD at the largest rate at which BN of 16 images trains, 4 images per step',
@@ -262,11 +263,7 @@ SGD = _table(
     *(_row('BN', images, images, on=VARIED_SGD) for images in (4, 16)),
     *(
         _row(method, 4, k, on=VARIED_SGD, window_size=k, **arguments)
-        for method, arguments in (
-            ('Naive CBN', {}),
-            ('CBN', {}),
-            ('CBN', {'gradient': 0.25}),
-        )
+        for method, arguments in _WITH_SGD
         for k in (4, 16)
     ),
 )
