@@ -1,0 +1,109 @@
+"""The survey of a model zoo finds what trains, what not, and why."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from mmengine.config import Config
+from mmengine.registry import MODELS
+from torch import nn
+
+from mmdet_cbn import CBN
+from mmdet_cbn.experiments import zoo
+
+RESNET = dict(
+    type='mmdet.ResNet',
+    depth=18,
+    norm_eval=True,
+    frozen_stages=1,
+    norm_cfg=dict(type='SyncBN', requires_grad=True),
+    init_cfg=dict(type='Pretrained', checkpoint='torchvision://resnet18'),
+)
+
+
+@MODELS.register_module()
+class HardCoded(nn.Module):
+    """A model that knows no norm_cfg."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+
+    def init_weights(self):
+        pass
+
+
+def test_a_simplified_model_trains_as_a_whole_and_needs_no_file_of_weights():
+    model = dict(backbone=dict(RESNET), data_preprocessor=dict(batch_augments=[dict(type='Mixup')]))
+    zoo.simplify(model)
+    assert model['backbone'] == dict(
+        type='mmdet.ResNet',
+        depth=18,
+        norm_eval=False,
+        frozen_stages=-1,
+        norm_cfg=dict(type='BN', requires_grad=True),
+        init_cfg=None,
+    )
+    assert model['data_preprocessor']['batch_augments'] is None
+
+
+@pytest.mark.parametrize(
+    ('model', 'how'),
+    [
+        (
+            dict(type='mmdet.FPN', in_channels=[4, 4], out_channels=4, num_outs=2, norm_cfg=dict(type='BN')),
+            '`norm_cfg`',
+        ),
+        (dict(type='HardCoded'), 'conversion'),
+    ],
+)
+def test_cbn_comes_in_by_the_norm_cfg_or_by_conversion(model, how):
+    built, found = zoo.with_cbn(model, dict(window_size=2, unsupported='naive'))
+    norms = [module for module in built.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert found == how
+    assert all(isinstance(norm, CBN) and (norm.window_size, norm.unsupported) == (2, 'naive') for norm in norms)
+
+
+def test_rows_tell_what_failed_and_with_which_variant(monkeypatch):
+    def train(model, data):
+        if any(getattr(layer, 'samples', None) for layer in model.modules()):
+            raise RuntimeError('a | b\nand more')
+        for layer in model.modules():
+            if isinstance(layer, CBN):
+                layer.window_length = layer.window_size
+                layer.naive_because = 'of a test'
+
+    monkeypatch.setattr(zoo, '_train', train)
+    row = zoo._try_config('family', 'name.py', Config(dict(model=dict(type='HardCoded'))), None)
+    assert row == ('family', 'name.py', 'conversion', 1, {'of a test': 1}, r'64 samples: RuntimeError: a \| b')
+    page = zoo.to_markdown([row, zoo.Row('other', '', '', 0, {}, 'no BatchNorm2d')])
+    assert page.startswith('0 of 1 families') and '| 1: of a test |' in page and '| other | no BatchNorm2d |' in page
+
+
+def test_layers_without_a_full_window_are_a_finding(monkeypatch):
+    monkeypatch.setattr(zoo, '_train', lambda model, data: None)
+    row = zoo._try_config('family', 'name.py', Config(dict(model=dict(type='HardCoded'))), None)
+    assert row.problem == 'order 1: RuntimeError: windows not full: layers.1'
+
+
+def test_labels_are_of_the_models_classes():
+    config = Config(dict(model=dict(bbox_head=dict(num_classes=2), mask_head=dict(num_classes=3))))
+    data = zoo.ZOOS['mmdet'].make_data(config, 2, 64)
+    for image, sample in zip(data['inputs'], data['data_samples'], strict=True):
+        assert image.shape == (3, 64, 64) and len(sample.gt_instances) == 3
+        assert sample.gt_instances.labels.min() >= 0 and sample.gt_instances.labels.max() < 2
+
+
+@pytest.mark.slow
+def test_the_tool_tries_a_family_once(tmp_path):
+    command = [sys.executable, ROOT / 'tools/zoo.py', 'mmpretrain', 'mobilenet_v2', '--size', '64', '--out', tmp_path]
+    subprocess.run(command, check=True)
+    (row,) = json.loads((tmp_path / 'mmpretrain.json').read_text())
+    assert row['layers'] == 52 and not row['naive'] and not row['problem']
+    (tmp_path / 'mmpretrain.json').write_text(json.dumps([{**row, 'config': 'not tried again'}]))
+    subprocess.run(command, check=True)
+    assert 'not tried again' in (tmp_path / 'mmpretrain.md').read_text()
+    wrong = subprocess.run([*command[:3], 'nothing', *command[4:]], capture_output=True, text=True)
+    assert wrong.returncode == 2 and "['nothing'] are not among the families of mmpretrain" in wrong.stderr
