@@ -108,6 +108,7 @@ TO_CBN = dict(type='SwitchNormHook', epoch=2, to=dict(type='CBN', window_size='a
 FROM_CBN = dict(type='SwitchNormHook', epoch=2, source='CBN', to='BN')
 DIRECTIONS = {
     'to CBN': (TO_CBN, nn.BatchNorm2d, [None] * 8 + [1, 2, 3, 4, 5, 6, 7, 8]),
+    'CBN at once': (dict(TO_CBN, epoch=0), nn.BatchNorm2d, [1] * 5 + [2, 3, 4, 5, 6, 7, 8] + [8] * 4),
     'from CBN': (FROM_CBN, CBN, [1] * 5 + [2, 3, 4] + [None] * 8),
 }
 
@@ -135,7 +136,7 @@ def test_it_goes_together_with_burn_in(tmp_path, direction, order):
     assert scalars['train/cbn_window'].data[0].tolist() == [n or 1 for n in lengths]
     assert scalars['train/cbn_without_window'].data[0].tolist() == [int(n == 1) for n in lengths]
     # They are read after the last iteration.
-    assert ('train/cbn/norm/window_length' in scalars) == (direction == 'to CBN')
+    assert ('train/cbn/norm/window_length' in scalars) == (direction != 'from CBN')
     for epoch in (1, 2, 3):
         train_with_burn_in(tmp_path / str(epoch), hooks, kind, epochs=epoch)
         resumed, rest = train_with_burn_in(tmp_path / str(epoch), hooks, kind, resume=True)
