@@ -291,7 +291,7 @@ def why_unsupported(conv: _ConvNd) -> str | None:
     if isinstance(conv, nn.ConvTranspose2d):
         kind, is_known = 'ConvTranspose2d', forward in _TRANSPOSED_FORWARDS
     elif isinstance(conv, nn.Conv2d):
-        kind, is_known = 'Conv2d', forward in _PLAIN_FORWARDS + _PREPARING_FORWARDS
+        kind, is_known = 'Conv2d', forward in _PLAIN_FORWARDS or forward in _PREPARING_FORWARDS
         is_known = is_known and type(conv)._conv_forward is nn.Conv2d._conv_forward
     else:
         return f'it is a {name}, not a torch.nn.Conv2d or ConvTranspose2d'

@@ -1,4 +1,4 @@
-"""Which families of a model zoo train with CBN: five steps of one model of each, on random images.
+"""Which families of a model zoo train with CBN: a few steps of one model of each, on random images.
 
     python tools/zoo.py mmdet --out docs/results/zoo
     python tools/zoo.py mmdet yolox rtmdet --out work_dirs/zoo

@@ -25,12 +25,12 @@ def plain_config(config: Config) -> Config:
         ValueError: It has another class of this package.
     """
     plain = _plain(config.to_dict())
-    imports = plain.get('custom_imports', {}).get('imports', [])
-    imports = [name for name in [imports] if isinstance(imports, str)] or imports
+    custom = plain.pop('custom_imports', {})
+    imports = custom.get('imports', [])
+    imports = [imports] if isinstance(imports, str) else imports
     others = [name for name in imports if name.partition('.')[0] != _PACKAGE]
-    plain.pop('custom_imports', None)
     if others:
-        plain['custom_imports'] = {**config.custom_imports, 'imports': others}
+        plain['custom_imports'] = {**custom, 'imports': others}
     return Config(plain)
 
 
