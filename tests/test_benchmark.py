@@ -9,11 +9,13 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from mmcv.cnn import build_norm_layer
 from mmengine.config import Config
 from torch import nn
 
 from mmdet_cbn import CBN
 from mmdet_cbn.experiments.cost import layers
+from mmdet_cbn.experiments.cost import measure as cost
 from mmdet_cbn.experiments.cost.detectors import (
     Detector,
     Settings,
@@ -283,7 +285,7 @@ def test_no_config_is_refused():
 
 def test_the_slow_peer_computes_what_cbn_does():
     outputs = []
-    for kind in ('CBN', 'two gradients by autograd'):
+    for kind in ('CBN, gradient batch', 'two gradients by autograd'):
         torch.manual_seed(0)
         conv = nn.Conv2d(4, 6, 3, padding=1, bias=False).double()
         norm = layers.KINDS[kind](6, conv).double()
@@ -297,3 +299,13 @@ def test_the_slow_peer_computes_what_cbn_does():
             optimizer.step()
         outputs.append((y.detach(), conv.weight.detach(), norm.weight.detach()))
     torch.testing.assert_close(*outputs)
+
+
+@pytest.mark.parametrize('scope', cost.SCOPES)
+@pytest.mark.parametrize('kind', cost.KINDS_OF_CBN)
+def test_the_cost_is_measured_of_normalizers_that_can_be_built(scope, kind):
+    model = cost.config_of(scope, kind).model
+    heads = build_norm_layer(model.neck.norm_cfg, 4)[1]
+    backbone = build_norm_layer(model.backbone.norm_cfg, 4)[1]
+    assert (type(heads) is CBN) == (kind != 'BN') and (type(backbone) is CBN) == (kind != 'BN' and scope == 'all')
+    assert kind == 'BN' or (heads.gradient == 'batch') == (kind == 'batch')

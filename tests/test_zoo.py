@@ -89,7 +89,8 @@ def test_layers_without_a_full_window_are_a_finding(monkeypatch):
 
 
 def test_labels_are_of_the_models_classes():
-    config = Config(dict(model=dict(bbox_head=dict(num_classes=2), mask_head=dict(num_classes=3))))
+    model = dict(bbox_head=dict(num_classes=2), mask_head=dict(num_classes=3))
+    config = Config(dict(model=model, train_dataloader=dict()))
     data = zoo.ZOOS['mmdet'].make_data(config, 2, 64)
     for image, sample in zip(data['inputs'], data['data_samples'], strict=True):
         assert image.shape == (3, 64, 64) and len(sample.gt_instances) == 3

@@ -55,7 +55,12 @@ def _detection_data(config: Config, images: int, size: int) -> Any:
 
     stride = 8 if 'semantic_head' in config.model.get('roi_head', {}) else 1
     data = demo_mm_inputs(
-        images, (3, size, size), [3] * images, sem_seg_output_strides=stride, with_mask=True, with_semantic=True
+        images,
+        (3, size, size),
+        [3] * images,
+        sem_seg_output_strides=stride,
+        with_mask=any(part.get('with_mask') for part in _dicts(config.train_dataloader)),
+        with_semantic=True,
     )
     classes = min(_values(config.model, 'num_classes'), default=80)
     for sample in data['data_samples']:

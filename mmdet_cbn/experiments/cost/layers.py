@@ -8,7 +8,7 @@ from mmengine.model import revert_sync_batchnorm
 from torch import Tensor, nn
 
 from ...layers.cbn import CBN
-from ...layers.gradient import DEFAULT_GRADIENT, GRADIENTS
+from ...layers.gradient import GRADIENTS
 from .detectors import time_in_alternation
 
 
@@ -63,9 +63,9 @@ KINDS: dict[str, Callable[[int, nn.Conv2d], nn.Module]] = {
     'GN': lambda channels, conv: nn.GroupNorm(32, channels),
     'two gradients by autograd': TwoGradients,
     'Naive CBN': _cbn(order=0),
-    'CBN': _cbn(gradient='batch'),
-    'CBN, 64 samples': _cbn(samples=64, gradient='batch'),
-    **{f'CBN, gradient {kind}': _cbn(gradient=kind) for kind in (*GRADIENTS[1:], DEFAULT_GRADIENT)},
+    'CBN': _cbn(),
+    'CBN, 64 samples': _cbn(samples=64),
+    **{f'CBN, gradient {kind}': _cbn(gradient=kind) for kind in GRADIENTS},
 }
 
 

@@ -1,0 +1,14 @@
+"""RTMDet-tiny on one GPU with 4 images, CBN everywhere. mmdet's config has SyncBN on 8 GPUs with 32 images each."""
+
+_base_ = 'mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco.py'
+
+custom_imports = dict(imports=['mmdet_cbn'], allow_failed_imports=False)
+norm_cfg = dict(type='CBN', window_size='auto')
+model = dict(backbone=dict(norm_cfg=norm_cfg), neck=dict(norm_cfg=norm_cfg), bbox_head=dict(norm_cfg=norm_cfg))
+custom_hooks = [*_base_.custom_hooks, dict(type='CBNBurnInHook', burn_in_epochs=75)]  # a quarter of the training
+
+# The learning rate is proportional to the images of a step.
+base_lr = _base_.base_lr * 4 / 256
+optim_wrapper = dict(optimizer=dict(lr=base_lr))
+param_scheduler = [_base_.param_scheduler[0], dict(_base_.param_scheduler[1], eta_min=base_lr * 0.05)]
+train_dataloader = dict(batch_size=4, num_workers=4)
