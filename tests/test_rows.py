@@ -1,5 +1,6 @@
-"""Rows of the paper's tables as tools/reproduce.py trains them, at full size, for a few epochs of one image; and every
-other config of configs/cbn, on a small image. `make test-all` runs these, `make test` does not.
+"""Rows of the paper's tables as tools/reproduce.py trains them, at full size, for a few epochs of one image; every
+other config of configs/cbn, on a small image; and the configs for one GPU. `make test-all` runs these, `make test` does
+not.
 """
 
 import csv
@@ -273,3 +274,27 @@ def test_every_other_config_trains_from_its_weights(name, torch_home, monkeypatc
     for key, parameter in model.named_parameters():
         assert (parameter.grad is None) == key.startswith(FROZEN), key
         assert parameter.grad is None or (parameter.grad.isfinite().all() and parameter.grad.any()), key
+
+
+@pytest.mark.parametrize('name', sorted(file.stem for file in (ROOT / 'configs' / 'zoo').glob('*.py')))
+def test_a_config_for_one_gpu_trains_and_evaluates(name, coco_root, tmp_path):
+    """From scratch, for three epochs of one image with a burn-in of one; everything else is the config's."""
+    (tmp_path / 'data').mkdir()
+    (tmp_path / 'data' / 'coco').symlink_to(coco_root)
+    config = ROOT / 'configs' / 'zoo' / f'{name}.py'
+    hooks = [hook.type for hook in Config.fromfile(config).get('custom_hooks', [])]
+    burn_in = [f'custom_hooks.{hooks.index("CBNBurnInHook")}.burn_in_epochs=1'] if 'cbn' in name else []
+    options = ['train_cfg.max_epochs=3', 'train_cfg.val_interval=3', 'model.backbone.init_cfg=None', *burn_in]
+    result = subprocess.run(
+        [sys.executable, ROOT / 'tools' / 'train.py', config, '--cfg-options', *options],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-5000:]
+    (scalars,) = tmp_path.glob(f'work_dirs/{name}/*/vis_data/scalars.json')
+    log = [line for line in map(json.loads, scalars.read_text().splitlines()) if 'lr' in line]
+    assert all(math.isfinite(line['loss']) for line in log)
+    assert [line.get('cbn_window') for line in log] == ([1, 1, 2] if burn_in else [None] * 3)
+    assert [line.get('cbn_without_window') for line in log][-1] == (0 if burn_in else None)
