@@ -2,7 +2,8 @@
 
 Importing this package does two things:
 
-- It registers :class:`CBN`, :class:`BRN`, :class:`CBNBurnInHook` and :class:`SwitchNormHook` with mmengine.
+- It registers :class:`CBN`, :class:`BRN`, :class:`CBNBurnInHook`, :class:`SwitchNormHook` and :func:`with_norm` with
+  mmengine.
 - It changes how mmengine loads checkpoints and finds configs: see :data:`mmdet_cbn.openmmlab.patches.ON_IMPORT`.
 """
 
@@ -15,8 +16,9 @@ from .hooks.switch_norm import SwitchNormHook  # noqa: E402
 from .layers.batch_renorm import BRN  # noqa: E402
 from .layers.cbn import CBN  # noqa: E402
 from .openmmlab.patches import install  # noqa: E402
+from .openmmlab.with_norm import with_norm  # noqa: E402
 from .version import __version__  # noqa: E402
 
 install()
 
-__all__ = ['BRN', 'CBN', 'CBNBurnInHook', 'SwitchNormHook', '__version__']
+__all__ = ['BRN', 'CBN', 'CBNBurnInHook', 'SwitchNormHook', '__version__', 'with_norm']

@@ -8,17 +8,19 @@ import cv2
 import numpy as np
 import pytest
 from conftest import ROOT
-from mmengine.registry import DefaultScope
+from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner
 from torch import nn
 
 from mmdet_cbn import BRN, CBN
+from mmdet_cbn.experiments import zoo
 from mmdet_cbn.experiments.paper.imagenet import (
     FIGURE3,
     FIGURE5,
     IMAGENET,
     TABLE2,
     TABLE3,
+    TABLE4,
     TABLE9,
 )
 from mmdet_cbn.experiments.paper.runs import recipe_of
@@ -26,6 +28,7 @@ from mmdet_cbn.experiments.study.classification import CLASSIFICATION, CLASSIFIC
 from mmdet_cbn.window.ring import suggested_window_size
 
 CONFIGS = ROOT / 'configs'
+NORM_LAYERS = (nn.BatchNorm2d, nn.GroupNorm)
 NORMS = {'BN': nn.BatchNorm2d, 'GN': nn.GroupNorm, 'BRN': BRN, 'CBN': CBN}
 
 
@@ -53,9 +56,13 @@ def test_all_rows_have_the_papers_schedule(table):
         assert config.optim_wrapper == dict(optimizer=optimizer), 'no weight is left out of the decay'
         assert config.train_cfg.max_epochs == config.param_scheduler.T_max == 100
         assert config.param_scheduler.type == 'CosineAnnealingLR'
-        assert (config.model.backbone.depth, config.model.head.num_classes) == (18, 1000)
+        network = row.labels[0] if table is TABLE4 else 'ResNet-18'
         crop, flip = config.train_dataloader.dataset.pipeline[1:3]
-        assert (crop.type, crop.scale, flip.type) == ('RandomResizedCrop', 224, 'RandomFlip')
+        size = 299 if network == 'Inception-v3' else 224
+        assert (crop.type, crop.scale, flip.type) == ('RandomResizedCrop', size, 'RandomFlip')
+        assert config.val_dataloader.dataset.pipeline[2].crop_size == size
+        if 'ResNet' in network:
+            assert (f'ResNet-{config.model.backbone.depth}', config.model.head.num_classes) == (network, 1000)
 
 
 @pytest.mark.parametrize(('norm', 'type', 'groups'), [('IN', 'IN', None), ('LN', 'GN', 1), ('GN', 'GN', 32)])
@@ -75,6 +82,44 @@ def test_table3_has_16_images_in_the_window():
             assert config.model.backbone.norm_cfg.gradient == 'batch'
             assert config.custom_hooks[0].burn_in_epochs == 25
     assert sum(not row.paper for row in TABLE3.rows) == 2, 'BN and BRN with 1 image give no result'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('row', TABLE4.rows, ids=lambda row: row.name)
+def test_table4_has_the_normalizer_in_the_whole_network(row):
+    network, norm, images = row.labels
+    config = config_of(row)
+    assert config.train_dataloader.batch_size == images
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        model = MODELS.build(config.model)
+    norms = [module for module in model.modules() if isinstance(module, NORM_LAYERS)]
+    number = {'ResNet-50': 53, 'VGG-16': 13, 'Inception-v3': 94, 'DenseNet-121': 121, 'MobileNet-v2': 52}[network]
+    assert len(norms) == number and {type(module) for module in norms} == {NORMS[norm]}
+    assert {module.eps for module in norms} == {0.001 if network == 'Inception-v3' else 1e-5}
+    for module in norms:
+        if norm == 'CBN':
+            assert (module.gradient, module.unsupported) == ('batch', 'naive' if 'Dense' in network else 'error')
+    assert norm != 'CBN' or (window_size_of(row), config.custom_hooks[0].burn_in_epochs) == (4, 25)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('row', [row for row in TABLE4.rows if 'CBN' in row.labels], ids=lambda row: row.labels[0])
+def test_the_networks_of_table4_train_with_cbn(row):
+    config = config_of(row)
+    config.model.backbone.norm_cfg.window_size = 2
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        model = zoo._build({**config.model, 'data_preprocessor': config.data_preprocessor})
+        size = config.train_dataloader.dataset.pipeline[1].scale
+        zoo._train(model, zoo.ZOOS['mmpretrain'].make_data(config, 2, size))
+    layers = [module for module in model.modules() if isinstance(module, CBN)]
+    assert all(layer.window_length == 2 for layer in layers)
+    # DenseNet: the first norm of each of 58 pairs, of 3 transitions, and the last one see concatenated maps.
+    assert sum(layer.naive_because is not None for layer in layers) == (62 if 'Dense' in row.labels[0] else 0)
+
+
+def test_a_model_without_batchnorm_is_refused():
+    with pytest.raises(ValueError, match=r'WithNorm: model must have layers .*, mmpretrain\.AlexNet has none'):
+        MODELS.build(dict(type='WithNorm', model=dict(type='mmpretrain.AlexNet'), norm_cfg=dict(type='GN')))
 
 
 def test_table9_has_the_orders():

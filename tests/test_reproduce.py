@@ -454,6 +454,7 @@ def test_a_small_twin_multiplies_its_own_images():
     [
         (['--table', '1'], "argument --table: invalid choice: '1'"),
         (['--table', '3', '--small'], '--small must be imagenette for row bn-32, got shapes'),
+        (['--table', '4', '--small', 'imagenette'], '--small must not be given for row resnet50-bn-32, got imagenette'),
         (['--table', '6', '--small', 'facemask'], '--small must be shapes or coco128 for row mask-r50-gn, got'),
         (['--table', '5', '--rows', 'bn', 'cbn-head'], '--rows: bn not in the table; it has none, bn-head, '),
         (['--table', '5', '--gpus', '0'], '--gpus must be 1 or more, got 0'),

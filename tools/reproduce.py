@@ -24,7 +24,7 @@ from mmdet_cbn.experiments.study import STUDY
 
 TABLES = (*PAPER, *IMAGENET, *STUDY)
 # The twins of configs/small, and how the configs begin whose twins they are.
-TWINS = {'shapes': 'cbn/', 'facemask': 'cbn/faster-rcnn', 'coco128': 'cbn/', 'imagenette': 'imagenet/'}
+TWINS = {'shapes': 'cbn/', 'facemask': 'cbn/faster-rcnn', 'coco128': 'cbn/', 'imagenette': 'imagenet/resnet18'}
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -60,7 +60,8 @@ def parse_args() -> tuple[argparse.Namespace, list[Table]]:
         for row in (row for table in tables for row in table.rows):
             fitting = [name for name, begin in TWINS.items() if row.file.startswith(begin)]
             if args.small not in fitting:
-                parser.error(f'--small must be {" or ".join(fitting)} for row {row.name}, got {args.small}')
+                allowed = f'must be {" or ".join(fitting)}' if fitting else 'must not be given'
+                parser.error(f'--small {allowed} for row {row.name}, got {args.small}')
         tables = [table._replace(rows=tuple(row._replace(twin=args.small) for row in table.rows)) for table in tables]
     return args, tables
 

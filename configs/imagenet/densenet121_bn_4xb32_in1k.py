@@ -1,0 +1,5 @@
+"""DenseNet-121 with BN. The rows of Table 4 with GN and BRN change its norm_cfg."""
+
+_base_ = ['mmpretrain::_base_/models/densenet/densenet121.py', '../_base_/imagenet_100e.py', '../_base_/bn.py']
+
+model = dict(backbone=dict(norm_cfg=_base_.norm_cfg))

@@ -1,0 +1,5 @@
+"""VGG-16 with BN. The rows of Table 4 with GN and BRN change its norm_cfg."""
+
+_base_ = ['mmpretrain::_base_/models/vgg16bn.py', '../_base_/imagenet_100e.py', '../_base_/bn.py']
+
+model = dict(backbone=dict(norm_cfg=_base_.norm_cfg))

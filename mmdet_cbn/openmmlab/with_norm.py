@@ -1,0 +1,41 @@
+"""Models that hard-code BatchNorm, with a normalizer that a config names."""
+
+from typing import Any
+
+from mmengine.registry import MODELS
+from torch import nn
+
+from ..requirements import wanted
+
+
+@MODELS.register_module(name='WithNorm')
+def with_norm(model: dict[str, Any], norm_cfg: dict[str, Any]) -> nn.Module:
+    """Build a model and give each of its ``nn.BatchNorm2d`` layers another type: ``dict(type='WithNorm', ...)``.
+
+    Unlike :class:`SwitchNormHook`, it does so before the optimizer is built, so the new layers may have other
+    parameters or buffers, as GN. It needs mmcv.
+
+    Args:
+        model: Config of the model.
+        norm_cfg: Of the new layers. They have the eps of the old ones if it gives none.
+
+    Returns:
+        The model.
+
+    Raises:
+        ImportError: mmcv is missing.
+        ValueError: The model has no ``nn.BatchNorm2d``.
+    """
+    try:
+        from mmcv.cnn import build_norm_layer
+    except ImportError as error:
+        raise ImportError(f'WithNorm needs {wanted("mmcv")} ({error})') from error
+    built: nn.Module = MODELS.build(model)
+    layers = {name: module for name, module in built.named_modules() if type(module) is nn.BatchNorm2d}
+    if not layers:
+        raise ValueError(f'WithNorm: model must have layers of nn.BatchNorm2d, {model.get("type")} has none')
+    for name, layer in layers.items():
+        new = build_norm_layer({'eps': layer.eps, **norm_cfg}, layer.num_features)[1]
+        parent, _, child = name.rpartition('.')
+        setattr(built.get_submodule(parent), child, new)
+    return built
