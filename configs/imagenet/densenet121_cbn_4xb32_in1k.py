@@ -1,6 +1,9 @@
-"""DenseNet-121 with CBN and a burn-in of 25 epochs. Naive CBN where several convolutions, or none, come before."""
+"""DenseNet-121 with CBN. Naive CBN where several convolutions, or none, come before."""
 
-_base_ = ['mmpretrain::_base_/models/densenet/densenet121.py', '../_base_/imagenet_100e.py', '../_base_/cbn.py']
+_base_ = [
+    'mmpretrain::_base_/models/densenet/densenet121.py',
+    '../_base_/imagenet_100e.py',
+    '../_base_/imagenet_cbn.py',
+]
 
-model = dict(backbone=dict(norm_cfg=dict(_base_.norm_cfg, window_size='auto', unsupported='naive')))
-custom_hooks = [dict(_base_.custom_hooks[0], burn_in_epochs=25)]
+model = dict(backbone=dict(norm_cfg=dict(_base_.norm_cfg, unsupported='naive')))

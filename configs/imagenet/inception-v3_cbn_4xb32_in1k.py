@@ -1,6 +1,5 @@
-"""Inception-v3 with CBN and a burn-in of 25 epochs."""
+"""Inception-v3 with CBN."""
 
-_base_ = ['../_base_/inception_v3.py', '../_base_/cbn.py']
+_base_ = ['../_base_/inception_v3.py', '../_base_/imagenet_cbn.py']
 
-model = dict(backbone=dict(norm_cfg=dict(_base_.norm_cfg, window_size='auto')))
-custom_hooks = [dict(_base_.custom_hooks[0], burn_in_epochs=25)]
+model = dict(backbone=dict(norm_cfg=_base_.norm_cfg))

@@ -1,9 +1,8 @@
-"""ResNet-18 with CBN and a burn-in of 25 epochs.
+"""ResNet-18 with CBN.
 
 With 32 images a GPU k is 1, so this is BN. The rows of the tables with fewer images have larger windows.
 """
 
-_base_ = ['mmpretrain::_base_/models/resnet18.py', '../_base_/imagenet_100e.py', '../_base_/cbn.py']
+_base_ = ['mmpretrain::_base_/models/resnet18.py', '../_base_/imagenet_100e.py', '../_base_/imagenet_cbn.py']
 
-model = dict(backbone=dict(norm_cfg=dict(_base_.norm_cfg, window_size='auto')))
-custom_hooks = [dict(_base_.custom_hooks[0], burn_in_epochs=25)]
+model = dict(backbone=dict(norm_cfg=_base_.norm_cfg))

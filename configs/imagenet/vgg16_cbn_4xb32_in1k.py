@@ -1,6 +1,5 @@
-"""VGG-16 with CBN and a burn-in of 25 epochs."""
+"""VGG-16 with CBN."""
 
-_base_ = ['mmpretrain::_base_/models/vgg16bn.py', '../_base_/imagenet_100e.py', '../_base_/cbn.py']
+_base_ = ['mmpretrain::_base_/models/vgg16bn.py', '../_base_/imagenet_100e.py', '../_base_/imagenet_cbn.py']
 
-model = dict(backbone=dict(norm_cfg=dict(_base_.norm_cfg, window_size='auto')))
-custom_hooks = [dict(_base_.custom_hooks[0], burn_in_epochs=25)]
+model = dict(backbone=dict(norm_cfg=_base_.norm_cfg))

@@ -54,9 +54,12 @@ def config_of(scope: str, kind: str) -> Config:
     arguments = KINDS_OF_CBN[kind]
     for node in dicts_in(config.model):
         if node.get('type') == 'CBN':
-            for name in ('gradient', 'window_size'):
-                del node[name]
-            node.update(dict(type='BN') if arguments is None else dict(window_size=4) | arguments)
+            del node['gradient']
+            if arguments is None:
+                node['type'] = 'BN'
+                del node['window_size']
+            else:
+                node.update(arguments)
     return config
 
 
