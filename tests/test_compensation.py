@@ -27,13 +27,13 @@ def test_the_gradient_in_the_weight_is_autograds(order, samples, groups, has_var
     old.var[0, 3] = -10  # where the maximum of Eq. 10 takes over
     call = ConvCall.of(conv, inputs, x)
     past = compensation.under_current_weights(old, call)
-    assert past[1][0, 3] == 0
-    gradients = torch.randn_like(past[0]), torch.randn_like(past[1]) * has_var_gradient
-    expected = torch.autograd.grad(past, conv.weight, gradients)
+    assert past.var[0, 3] == 0
+    gradients = torch.randn_like(past.mean), torch.randn_like(past.var) * has_var_gradient
+    expected = torch.autograd.grad(past[:2], conv.weight, gradients)
     with torch.no_grad():
         before = torch.randn_like(conv.weight)
         var_slope = before.clone()
-        patches, factor = compensation.weight_slopes(old, past, call, gradients[1], var_slope)
+        patches, factor = compensation.weight_slopes(old, past, call, gradients[1] * (past.var > 0), var_slope)
         factors = gradients[0] if factor is None else gradients[0] + 2 * factor
         actual = var_slope - before + weighted_patches(factors, patches, conv.weight.shape)
     torch.testing.assert_close((actual,), expected)

@@ -65,7 +65,7 @@ class NoteCorrections(Net):
 
     def note(self, layer, step):
         if step.past is not None:
-            pairs = zip(step.past, (step.old.mean, step.old.var), strict=True)
+            pairs = zip(step.past[:2], (step.old.mean, step.old.var), strict=True)
             self.moved.append(max((a - b).abs().max().item() for a, b in pairs))
 
 

@@ -47,7 +47,7 @@ def test_with_all_positions_it_is_exact(name):
     for x in inputs:
         past.append(sample(conv, x, 10**4, start=0.0))
         change()
-    mean, var = compensate_samples(stacked(*past), conv.weight, conv.groups)
+    mean, var, _ = compensate_samples(stacked(*past), conv.weight, conv.groups)
     for i, x in enumerate(inputs):
         _, true_mean, true_var, _ = of(conv, x)
         torch.testing.assert_close(mean[i], true_mean)
@@ -65,7 +65,7 @@ def test_with_fewer_it_is_right_on_average_and_the_better_the_more_there_are(nam
     _, true_mean, true_var, _ = of(conv, x)
     errors = {}
     for n, draws in before.items():
-        means, variances = compensate_samples(stacked(*draws), conv.weight, conv.groups)
+        means, variances, _ = compensate_samples(stacked(*draws), conv.weight, conv.groups)
         for results, truth, kept in ((means, true_mean, draws[0].mean), (variances, true_var, draws[0].var)):
             # Of the change there was. The variance over n samples lacks one part in n of it.
             off = (results.mean(dim=0) - truth).abs().max() / (truth - kept).abs().max()
@@ -148,7 +148,7 @@ def test_in_mixed_precision_unchanged_weights_change_nothing(device):
     with torch.autocast(device, torch.bfloat16):
         norm(conv(torch.randn(2, 8, 9, 9)))
         past = norm.windows.current.stacked()
-    mean, var = compensate_samples(past, conv.weight.detach(), 1)
+    mean, var, _ = compensate_samples(past, conv.weight.detach(), 1)
     assert past.mean.dtype == torch.float32
     torch.testing.assert_close(mean, past.mean, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(var, past.var, rtol=1e-5, atol=1e-6)

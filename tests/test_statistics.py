@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from test_cbn import CONVOLUTIONS
 from torch import nn
 
+from mmdet_cbn.compensation import Moved
 from mmdet_cbn.compensation.first_order import CompensatedStatistics, compensate, statistics_gradients
 from mmdet_cbn.layers.statistics import batch_statistics, window_statistics
 from mmdet_cbn.pairing import ConvCall
@@ -69,16 +70,15 @@ def test_compensation_is_eq_7_8_and_10_in_nu(name):
         jacobian = torch.autograd.functional.jacobian(moments, call.weight.detach())
         mu, nu = moments(call.weight) + jacobian.flatten(2) @ (theta - call.weight).flatten()
         expected.append((mu, torch.maximum(nu, mu**2) - mu**2))
-    for actual, wanted in zip(
-        compensate(stacked(*past), theta, call.groups), map(torch.stack, zip(*expected, strict=True)), strict=True
-    ):
+    moved = compensate(stacked(*past), theta, call.groups)
+    for actual, wanted in zip(moved[:2], map(torch.stack, zip(*expected, strict=True)), strict=True):
         torch.testing.assert_close(actual, wanted)
 
 
 def test_unchanged_weights_need_no_correction():
     call, x = call_of('3x3 padded', torch.float32)
     statistics = statistics_of(call, x)
-    mean, var = compensate(stacked(statistics, statistics), call.weight, call.groups)
+    mean, var, _ = compensate(stacked(statistics, statistics), call.weight, call.groups)
     torch.testing.assert_close(mean, torch.stack([statistics.mean] * 2), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(var, torch.stack([statistics.var] * 2), rtol=1e-6, atol=1e-6)
 
@@ -86,7 +86,7 @@ def test_unchanged_weights_need_no_correction():
 def test_window_statistics_are_those_of_all_examples_together():
     batches = torch.randn(4, 2, 3, 5, 5, dtype=torch.float64) * torch.arange(1, 5).view(4, 1, 1, 1, 1) + 7
     var, mean = torch.var_mean(batches, dim=(1, 3, 4), correction=0)
-    window_mean, window_var, share, _ = window_statistics(mean[0], var[0], (mean[1:], var[1:]))
+    window_mean, window_var, share, _ = window_statistics(mean[0], var[0], Moved(mean[1:], var[1:]))
     expected_var, expected_mean = torch.var_mean(batches, dim=(0, 1, 3, 4), correction=0)
     torch.testing.assert_close(window_mean, expected_mean)
     torch.testing.assert_close(window_var, expected_var)
@@ -97,7 +97,7 @@ def test_an_iteration_that_is_not_finite_is_left_out_channel_by_channel():
     mean, var = torch.tensor([1.0, 1.0, 1.0]), torch.tensor([2.0, 2.0, 2.0])
     past_mean = torch.tensor([[3.0, float('nan'), 3.0], [5.0, 5.0, 5.0]])
     past_var = torch.tensor([[2.0, 2.0, float('inf')], [2.0, 2.0, 2.0]])
-    window_mean, window_var, share, valid = window_statistics(mean, var, (past_mean, past_var))
+    window_mean, window_var, share, valid = window_statistics(mean, var, Moved(past_mean, past_var))
     torch.testing.assert_close(window_mean, torch.tensor([3.0, 3.0, 3.0]))
     torch.testing.assert_close(window_var, torch.tensor([2 + 8 / 3, 6.0, 6.0]))
     torch.testing.assert_close(share, torch.tensor([1 / 3, 1 / 2, 1 / 2]))

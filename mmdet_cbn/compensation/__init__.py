@@ -1,6 +1,6 @@
 """How statistics of earlier iterations are corrected for the change of the weights since then. One file a kind."""
 
-from .base import Compensation, drop_inf_and_nan
+from .base import Compensation, Moved, drop_inf_and_nan
 from .first_order import FirstOrder
 from .naive import Naive
 from .sampled import Sampled
@@ -23,4 +23,4 @@ def make_compensation(order: int, samples: int | None) -> Compensation:
     raise ValueError(f'there is no compensation of order={order} and samples={samples}')
 
 
-__all__ = ['KINDS', 'Compensation', 'drop_inf_and_nan', 'make_compensation']
+__all__ = ['KINDS', 'Compensation', 'Moved', 'drop_inf_and_nan', 'make_compensation']

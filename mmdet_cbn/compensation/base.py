@@ -17,6 +17,14 @@ from torch import Tensor
 from ..pairing import ConvCall
 
 
+class Moved(NamedTuple):
+    """mu' and var' of n earlier iterations, [n, C] each: their statistics under the current weights."""
+
+    mean: Tensor
+    var: Tensor
+    distance: Tensor | None = None  #: only of samples, from their own mean: for :meth:`Compensation.weight_slopes`
+
+
 class Compensation(ABC):
     """One kind of compensation, for one layer.
 
@@ -47,7 +55,7 @@ class Compensation(ABC):
         """
 
     @abstractmethod
-    def under_current_weights(self, old: Any, conv: ConvCall | None) -> tuple[Tensor, Tensor] | None:
+    def under_current_weights(self, old: Any, conv: ConvCall | None) -> Moved | None:
         """mu' and var' of n earlier iterations under the current weights (Eq. 7, 8 and the maximum of Eq. 10).
 
         Args:
@@ -55,11 +63,11 @@ class Compensation(ABC):
             conv: The current call of the convolution.
 
         Returns:
-            [n, C] each. None if ``old`` belongs to a convolution of another shape.
+            mu' and var'. None if ``old`` belongs to a convolution of another shape.
         """
 
     def weight_slopes(
-        self, old: Any, past: tuple[Tensor, Tensor] | None, conv: ConvCall, share: Tensor, var_slope: Tensor
+        self, old: Any, past: Moved | None, conv: ConvCall, share: Tensor, var_slope: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """How mu' and var' depend on theta_t (the derivatives of Eq. 7, 8 and 10), for each output channel j.
 
@@ -70,9 +78,9 @@ class Compensation(ABC):
 
         Args:
             old: As for :meth:`under_current_weights`.
-            past: What that method returned, [n, C_out] each. None if theta_t are the weights of the iterations.
+            past: What that method returned. None if theta_t are the weights of the iterations.
             conv: As for that method.
-            share: Of each iteration in the sum over var', [n, C_out].
+            share: Of each iteration in the sum over var', [n, C_out]; 0 where Eq. 10 takes its maximum.
             var_slope: Like the weight. The second line's ``var_slope`` is added to it in place.
 
         Returns:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 from ..pairing import ConvCall
-from .base import Compensation, are_of_channels
+from .base import Compensation, Moved, are_of_channels
 from .patches import dot_mean_grad, mean_patch
 
 
@@ -47,25 +47,18 @@ class FirstOrder(Compensation):
         assert conv is not None
         return CompensatedStatistics(conv.without_bias(mean), var, *statistics_gradients(x, mean, conv))
 
-    def under_current_weights(self, old: CompensatedStatistics, conv: ConvCall | None) -> tuple[Tensor, Tensor] | None:
+    def under_current_weights(self, old: CompensatedStatistics, conv: ConvCall | None) -> Moved | None:
         assert conv is not None
         fits = old.var_grad.shape[1:] == conv.weight.shape
         return compensate(old, conv.weight, conv.groups) if fits else None
 
     def weight_slopes(
-        self,
-        old: CompensatedStatistics,
-        past: tuple[Tensor, Tensor] | None,
-        conv: ConvCall,
-        share: Tensor,
-        var_slope: Tensor,
+        self, old: CompensatedStatistics, past: Moved | None, conv: ConvCall, share: Tensor, var_slope: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        # var' = var + c - a^2, but for the maximum of Eq. 10
-        share = share if past is None else share * (past[1] > 0)
-        # A batched matrix product is the same, and far slower on the CPU.
+        # var' = var + c - a^2. A batched matrix product would do the same, far slower on the CPU.
         for share_of_one, var_grad in zip(share.view(*share.shape, 1, 1, 1), old.var_grad, strict=True):
             var_slope.addcmul_(share_of_one, var_grad)
-        return old.mean_grad, None if past is None else (old.mean - past[0]).mul_(share)
+        return old.mean_grad, None if past is None else (old.mean - past.mean).mul_(share)
 
     def could_keep(self, old: Any, num_features: int) -> bool:
         return (
@@ -100,7 +93,7 @@ def statistics_gradients(x: Tensor, mean: Tensor, conv: ConvCall) -> tuple[Tenso
     return mean_grad, var_grad, mean_product.squeeze(0), var_product.squeeze(0)
 
 
-def compensate(old: CompensatedStatistics, weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+def compensate(old: CompensatedStatistics, weight: Tensor, groups: int) -> Moved:
     """Statistics of earlier iterations under the current weights (Eq. 7, 8 and the maximum of Eq. 10).
 
     Args:
@@ -109,13 +102,13 @@ def compensate(old: CompensatedStatistics, weight: Tensor, groups: int) -> tuple
         groups: Groups of the convolution.
 
     Returns:
-        mu' and var' of each earlier iteration, [n, C_out] each.
+        mu' and var' of each earlier iteration.
     """
     theta = weight.to(old.mean.dtype)
     mean_product, var_product = _products(old.mean_grad, old.var_grad, theta, groups)
     mean_change = mean_product - old.mean_product
     var = (var_product - old.var_product).add_(old.var)
-    return old.mean + mean_change, var.addcmul_(mean_change, mean_change, value=-1).clamp_(min=0)
+    return Moved(old.mean + mean_change, var.addcmul_(mean_change, mean_change, value=-1).clamp_(min=0))
 
 
 def _products(mean_grad: Tensor, var_grad: Tensor, theta: Tensor, groups: int) -> tuple[Tensor, Tensor]:

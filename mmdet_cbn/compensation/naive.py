@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..pairing import ConvCall
-from .base import Compensation, are_of_channels
+from .base import Compensation, Moved, are_of_channels
 
 
 class NaiveStatistics(NamedTuple):
@@ -28,8 +28,8 @@ class Naive(Compensation):
     def keep(self, x: Tensor, mean: Tensor, var: Tensor, conv: ConvCall | None) -> NaiveStatistics:
         return NaiveStatistics(mean, var)
 
-    def under_current_weights(self, old: NaiveStatistics, conv: ConvCall | None) -> tuple[Tensor, Tensor]:
-        return old.mean, old.var
+    def under_current_weights(self, old: NaiveStatistics, conv: ConvCall | None) -> Moved:
+        return Moved(old.mean, old.var)
 
     def could_keep(self, old: Any, num_features: int) -> bool:
         return are_of_channels(num_features, old.mean, old.var)

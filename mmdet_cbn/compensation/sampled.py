@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..pairing import ConvCall
-from .base import Compensation, are_of_channels
+from .base import Compensation, Moved, are_of_channels
 from .patches import patches_at, weighted_patches
 
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
@@ -64,24 +64,18 @@ class Sampled(Compensation):
         kept = sampled_statistics(x, conv.without_bias(mean), var, conv, self.samples, start)
         return pad_samples(kept, self.samples)
 
-    def under_current_weights(self, old: SampledStatistics, conv: ConvCall | None) -> tuple[Tensor, Tensor] | None:
+    def under_current_weights(self, old: SampledStatistics, conv: ConvCall | None) -> Moved | None:
         assert conv is not None
         fits = old.patches.size(-1) * conv.weight.size(0) == conv.weight.numel() * conv.groups
         return compensate_samples(old, conv.weight, conv.groups) if fits else None
 
     def weight_slopes(
-        self,
-        old: SampledStatistics,
-        past: tuple[Tensor, Tensor] | None,
-        conv: ConvCall,
-        share: Tensor,
-        var_slope: Tensor,
+        self, old: SampledStatistics, past: Moved | None, conv: ConvCall, share: Tensor, var_slope: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         patches = old.patches.flatten(0, 1)
-        x = _outputs(patches, conv.weight.to(old.mean.dtype), conv.groups).unflatten(0, old.patches.shape[:2])
-        distance = x - torch.bmm(old.share.unsqueeze(1), x)
+        distance = (compensate_samples(old, conv.weight, conv.groups) if past is None else past).distance
+        assert distance is not None
         # With the mean m over the sample: d sum of s (x - m)^2 / dtheta = 2 sum of s (x - m) p
-        share = share if past is None else share * (past[1] > 0)
         factors = 2 * share.unsqueeze(1) * old.share.unsqueeze(2) * distance
         var_slope += weighted_patches(factors.flatten(0, 1), patches, conv.weight.shape)
         mean_patches = torch.bmm(old.share.unsqueeze(1), old.patches).squeeze(1)
@@ -135,7 +129,7 @@ def sampled_statistics(
     else:  # x is rounded, so its difference from the outputs under theta_t would be one of precisions
         outputs = _outputs(patches, conv.weight.to(mean.dtype), conv.groups)
     share = mean.new_full((len(patches),), 1 / len(patches))
-    sample_mean, sample_var = _over_samples(outputs.unsqueeze(0), share.unsqueeze(0))
+    sample_mean, sample_var, _ = _over_samples(outputs.unsqueeze(0), share.unsqueeze(0))
     return SampledStatistics(mean, var, patches, share, sample_mean.squeeze(0), sample_var.squeeze(0))
 
 
@@ -148,7 +142,7 @@ def pad_samples(statistics: SampledStatistics, samples: int) -> SampledStatistic
     return statistics._replace(patches=patches, share=share)
 
 
-def compensate_samples(old: SampledStatistics, weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+def compensate_samples(old: SampledStatistics, weight: Tensor, groups: int) -> Moved:
     """Statistics of earlier iterations under the current weights, by the change that their samples show.
 
     Args:
@@ -157,11 +151,12 @@ def compensate_samples(old: SampledStatistics, weight: Tensor, groups: int) -> t
         groups: Groups of the convolution.
 
     Returns:
-        mu' and var' of each earlier iteration, [k, C_out] each.
+        mu' and var' of each earlier iteration, and the distances of the samples, [k, n, C_out].
     """
     x = _outputs(old.patches.flatten(0, 1), weight.to(old.mean.dtype), groups)
-    mean, var = _over_samples(x.unflatten(0, old.patches.shape[:2]), old.share)
-    return old.mean + (mean - old.sample_mean), (old.var + (var - old.sample_var)).clamp_(min=0)
+    mean, var, distance = _over_samples(x.unflatten(0, old.patches.shape[:2]), old.share)
+    moved_var = (old.var + (var - old.sample_var)).clamp_(min=0)
+    return Moved(old.mean + (mean - old.sample_mean), moved_var, distance)
 
 
 def _outputs(patches: Tensor, theta: Tensor, groups: int) -> Tensor:
@@ -172,8 +167,9 @@ def _outputs(patches: Tensor, theta: Tensor, groups: int) -> Tensor:
     return torch.einsum('ngd,gcd->ngc', patches.reshape(len(patches), groups, -1), by_group).flatten(1)
 
 
-def _over_samples(x: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance over samples with a ``share`` [k, n] each, of k iterations [k, n, C_out]; [k, C_out]."""
+def _over_samples(x: Tensor, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and biased variance [k, C_out] over samples x [k, n, C_out] with a ``share`` [k, n] each, and x - mean."""
     share = share.unsqueeze(1)
     mean = torch.bmm(share, x)
-    return mean.squeeze(1), torch.bmm(share, (x - mean).square_()).squeeze(1)
+    distance = x - mean
+    return mean.squeeze(1), torch.bmm(share, distance.square()).squeeze(1), distance

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..pairing import ConvCall
-from .base import Compensation, are_of_channels
+from .base import Compensation, Moved, are_of_channels
 from .patches import all_patches, dot_mean_grad, mean_patch
 
 _NUMBERS_AT_ONCE = 2**24  # of all patches, which together can be too many for the memory
@@ -40,26 +40,20 @@ class SecondOrder(Compensation):
         assert conv is not None
         return SecondOrderStatistics(conv.without_bias(mean), var, *second_order_gradients(x, mean, conv))
 
-    def under_current_weights(self, old: SecondOrderStatistics, conv: ConvCall | None) -> tuple[Tensor, Tensor] | None:
+    def under_current_weights(self, old: SecondOrderStatistics, conv: ConvCall | None) -> Moved | None:
         assert conv is not None
         if old.mean_grad.shape[1:] != (conv.weight.size(1) * conv.groups, *conv.weight.shape[2:]):
             return None
         theta = conv.weight.to(old.mean.dtype)
         mean_change = dot_mean_grad(old.mean_grad, theta, conv.groups) - old.mean_product
         var_change = _quadratic(old.covariance, theta) - old.var_product
-        return old.mean + mean_change, (old.var + var_change).clamp_(min=0)
+        return Moved(old.mean + mean_change, (old.var + var_change).clamp_(min=0))
 
     def weight_slopes(
-        self,
-        old: SecondOrderStatistics,
-        past: tuple[Tensor, Tensor] | None,
-        conv: ConvCall,
-        share: Tensor,
-        var_slope: Tensor,
+        self, old: SecondOrderStatistics, past: Moved | None, conv: ConvCall, share: Tensor, var_slope: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         theta = conv.weight.to(old.mean.dtype).reshape(1, conv.groups, -1, old.covariance.size(-1))
         # d(theta . Cov(p) theta) / dtheta = 2 Cov(p) theta
-        share = share if past is None else share * (past[1] > 0)
         factors = 2 * share.view(len(old.mean), conv.groups, -1, 1)
         var_slope += torch.matmul(factors * theta, old.covariance).sum(dim=0).view(conv.weight.shape)
         return old.mean_grad, None

@@ -44,8 +44,8 @@ class DiagnosisRecorder:
         self._is_due = True
         if step.past is None:
             return
-        correction = (step.past[0] - step.old.mean).abs() / (step.var + layer.eps).sqrt()
-        invalid = (step.past[1] == 0) & (step.old.var > 0)
+        correction = (step.past.mean - step.old.mean).abs() / (step.var + layer.eps).sqrt()
+        invalid = (step.past.var == 0) & (step.old.var > 0)
         # What is inf or NaN was left out of the window, so it corrected nothing.
         sums = torch.stack(
             [correction.nan_to_num(0, 0, 0).mean(), invalid.to(step.var.dtype).mean(), step.var.new_ones(())]

@@ -32,7 +32,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from ..compensation import Compensation, drop_inf_and_nan
+from ..compensation import Compensation, Moved, drop_inf_and_nan
 from ..pairing import ConvCall
 from .statistics import WindowStatistics
 
@@ -90,7 +90,7 @@ def statistics_gradient(
     mean: Tensor,
     kept: Any,
     old: Any,
-    past: tuple[Tensor, Tensor] | None,
+    past: Moved | None,
     window: WindowStatistics,
 ) -> StatisticsGradient:
     """What the backward pass needs.
@@ -103,7 +103,7 @@ def statistics_gradient(
         mean: Of the batch, bias included, [C].
         kept: What the window will keep of the batch. Its inf and NaN become 0, except in mean and variance.
         old: What it kept of n earlier iterations, stacked; None if there are none.
-        past: mu' and var' of these, [n, C] each; None if there are none.
+        past: mu' and var' of these; None if there are none.
         window: What the layer normalizes with.
     """
     if gradient == 'projection':
@@ -124,19 +124,20 @@ def statistics_gradient(
     if past is None or window.valid is None:
         return made
 
-    def add(those: slice, of: Any, moved: tuple[Tensor, Tensor] | None) -> None:
+    def add(those: slice, of: Any, moved: Moved | None) -> None:
         """Add iterations, whose share of the window stands in ``factors`` already (Eq. 9 to 11):
         dM / dmu' = share, dV / dvar' = share, dV / dmu' = 2 share (mu' - M)."""
         share, factor = factors[:, those]
-        patches[those], more = compensation.weight_slopes(of, moved, conv, share, var_slope)
-        distance = (of.mean if moved is None else moved[0]) - window.mean
+        of_var = share if moved is None else share * (moved.var > 0)  # not where Eq. 10 takes its maximum
+        patches[those], more = compensation.weight_slopes(of, moved, conv, of_var, var_slope)
+        distance = (of if moved is None else moved).mean - window.mean
         if more is None:
             torch.mul(distance, share, out=factor)
         else:
             torch.addcmul(more, distance, share, out=factor)
 
-    torch.mul(window.valid, fraction, out=factors[0, : len(past[0])])
-    add(slice(len(past[0])), old, past)
+    torch.mul(window.valid, fraction, out=factors[0, : len(past.mean)])
+    add(slice(len(past.mean)), old, past)
     if rest > 0:
         # With the batch in place of the window, theta receives through x what is beyond f. It is taken back here.
         torch.sub(fraction, own_part, out=factors[0, -1])

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..compensation import Moved
+
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
     """The precision of the statistics of ``x``: float32, or float64 for a float64 ``x``."""
@@ -43,7 +45,7 @@ class WindowStatistics(NamedTuple):
     valid: Tensor | None  #: which of n earlier iterations are not left out, [n, C]; None if there are none
 
 
-def window_statistics(mean: Tensor, var: Tensor, past: tuple[Tensor, Tensor] | None) -> WindowStatistics:
+def window_statistics(mean: Tensor, var: Tensor, past: Moved | None) -> WindowStatistics:
     """Statistics over the window (Eq. 9 to 11).
 
     A channel leaves out an earlier iteration whose statistics are inf or NaN. One bad batch must not spoil the k - 1
@@ -52,15 +54,15 @@ def window_statistics(mean: Tensor, var: Tensor, past: tuple[Tensor, Tensor] | N
     Args:
         mean: mu of the current iteration, [C].
         var: var of the current iteration, [C].
-        past: mu' and var' of n earlier iterations, [n, C] each; None if there are none.
+        past: mu' and var' of n earlier iterations; None if there are none.
     """
     if past is None:
         return WindowStatistics(mean, var, torch.ones_like(mean), None)
     # About the current mean, so that the numbers are small, and an iteration that is left out is 0.
-    about = mean.new_empty(2, *past[0].shape)
+    about = mean.new_empty(2, *past.mean.shape)
     distance, spread = about
-    torch.sub(past[0], mean, out=distance)
-    torch.addcmul(past[1], distance, distance, out=spread)
+    torch.sub(past.mean, mean, out=distance)
+    torch.addcmul(past.var, distance, distance, out=spread)
     valid = spread < torch.inf  # False for NaN, too
     fraction = (valid.sum(dim=0, dtype=mean.dtype) + 1).reciprocal_()
     shift, window_var = about.where(valid, 0).sum(dim=1).mul_(fraction)

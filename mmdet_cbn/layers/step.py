@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..compensation import Moved
 from ..old_torch import is_autocast_enabled
 from ..pairing import ConvCall
 from ..window.calls import Call, is_recomputing
@@ -23,7 +24,7 @@ class WindowStep(NamedTuple):
     mean: Tensor  #: of the batch, [C]
     var: Tensor  #: of the batch, biased, [C]
     old: Any  #: what the window kept of n earlier iterations, stacked; None if there are none
-    past: tuple[Tensor, Tensor] | None  #: mean and variance of these under the current weights, [n, C] each
+    past: Moved | None  #: mean and variance of these under the current weights, [n, C] each
     window_mean: Tensor  #: without the bias of the convolution, [C]
     biased_window_mean: Tensor  #: with the current bias of the convolution, [C]
     window_var: Tensor  #: [C]

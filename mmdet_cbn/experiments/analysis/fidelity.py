@@ -142,10 +142,10 @@ class StatisticsFidelityHook(Hook):
             conv = self._replay.convs[name]
             of_layer = found[name] = {
                 'none (Naive CBN)': (exact.mean, exact.var),
-                'first order (the paper)': compensate(_stacked(exact), conv.weight, conv.groups),
+                'first order (the paper)': compensate(_stacked(exact), conv.weight, conv.groups)[:2],
             }
             for n, sampled in old.sampled[name].items():
-                of_layer[f'{n} samples'] = compensate_samples(_stacked(sampled), conv.weight, conv.groups)
+                of_layer[f'{n} samples'] = compensate_samples(_stacked(sampled), conv.weight, conv.groups)[:2]
         self._add_exact(found, old.iteration)
         if other is not None:
             for name, exact in other.exact.items():
