@@ -23,6 +23,7 @@ from mmdet_cbn.experiments.cost.detectors import (
     make_inputs,
     measure,
     time_in_alternation,
+    to_markdown,
 )
 from mmdet_cbn.experiments.cost.storage import StorageCounter
 
@@ -94,6 +95,15 @@ def test_the_table_has_a_row_for_each_config_and_says_how_it_was_made(folder, re
         assert float(cells[4].split()[0]) == pytest.approx(row['training_speed']['median'], rel=0.01)
     for words in ('size (96, 64), batch_size 2', f'torch {torch.__version__}', 'SyncBN was measured as BN', 'storages'):
         assert words in table
+
+
+def test_what_folds_is_folded_before_inference_is_timed():
+    configs = [mask_rcnn(dict(type='GN', num_groups=2)), mask_rcnn()]
+    results = benchmark(configs, Settings('cpu', SIZE, 1, rounds=1, warmup=0, fuse=True))
+    norms = sum(isinstance(module, CBN | nn.BatchNorm2d) for module in detector_of(configs[1]).model.modules())
+    assert [row['folded'] for row in results['rows']] == [f'0 of {norms}', f'{norms} of {norms}']
+    table = to_markdown(results)
+    assert 'normalizers folded' in table and f'| {norms} of {norms} |' in table and 'fuse_conv_bn' in table
 
 
 def test_the_json_has_settings_and_the_raw_times_of_each_round(results):

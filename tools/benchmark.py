@@ -38,12 +38,14 @@ def main() -> None:
     parser.add_argument('--rounds', type=int, default=10, help='timed steps of each config (default: %(default)s)')
     parser.add_argument('--warmup', type=int, default=2, help='rounds before those (default: %(default)s)')
     parser.add_argument('--seed', type=int, default=0, help='of the weights (default: %(default)s)')
+    fuse_help = "fold normalizers into convolutions before inference is timed, with mmcv's fuse_conv_bn"
+    parser.add_argument('--fuse', action='store_true', help=fuse_help)
     parser.add_argument('--out', type=Path, metavar='DIR', help='folder to write table8.md and table8.json to')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='KEY=VALUE, merged into each config')
     args = parser.parse_args()
     size = tuple(args.size) if args.size else None
     try:
-        settings = Settings(args.device, size, args.batch_size, args.rounds, args.warmup, args.seed)
+        settings = Settings(args.device, size, args.batch_size, args.rounds, args.warmup, args.seed, args.fuse)
         configs = [load_config(path, args.cfg_options) for path in args.configs]
     except ValueError as error:
         parser.error(str(error))

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from mmcv.cnn import fuse_conv_bn
 from mmdet.models.roi_heads.bbox_heads import BBoxHead
 from mmdet.models.task_modules.assigners import AssignResult
 from mmdet.registry import MODELS
@@ -25,6 +26,7 @@ from mmengine.registry import init_default_scope
 from mmengine.runner import set_random_seed
 from mmengine.utils import ProgressBar
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase as NormBase
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...arguments import check_int
@@ -44,6 +46,7 @@ NOTES = (
     'Speeds and time ratios are the median (first to third quartile) over rounds. In a round each config has one step, '
     'in rotating order; a time ratio is that to the first config in the same round. The window of CBN is full.',
 )
+FUSE_NOTE = "Before inference was timed, mmcv's fuse_conv_bn folded normalizers into the convolutions before them."
 CUDA_NOTE = "Memory is the peak of torch's CUDA allocator in a training step; 1 GB is 10^9 bytes."
 CPU_NOTE = 'Memory is the peak of all tensor storages alive in a training step; 1 GB is 10^9 bytes.'
 
@@ -60,6 +63,7 @@ class Settings:
         rounds: Timed steps of each config, in training and in inference.
         warmup: Rounds before those; the steps that fill CBN's window come before them.
         seed: Of weights and RoI sampling. mmdet's helper draws the same images whatever the seed.
+        fuse: Whether to fold normalizers into convolutions before inference, with mmcv's ``fuse_conv_bn``.
 
     Raises:
         TypeError: A number that is not an int.
@@ -72,6 +76,7 @@ class Settings:
     rounds: int = 10
     warmup: int = 2
     seed: int = 0
+    fuse: bool = False
 
     def __post_init__(self) -> None:
         gpus = torch.cuda.device_count()
@@ -202,6 +207,15 @@ class Detector:
         """Inference, of a model in evaluation mode; returns mmdet's data samples."""
         return self.model.test_step(self.image)
 
+    def fuse(self) -> str:
+        """Fold normalizers into convolutions; returns how many of how many."""
+        before = self._count_norms()
+        self.model = fuse_conv_bn(self.model)
+        return f'{before - self._count_norms()} of {before}'
+
+    def _count_norms(self) -> int:
+        return sum(isinstance(module, NormBase | nn.GroupNorm) for module in self.model.modules())
+
     def fill_window(self) -> None:
         """Train until the window of each CBN layer is full; one step without CBN, which makes the optimizer's state.
 
@@ -282,7 +296,8 @@ def benchmark(configs: Sequence[Config], settings: Settings) -> dict[str, Any]:
     Returns:
         ``settings``, with machine and software; ``notes`` on what the numbers mean; and ``rows``, one for each config:
         what :func:`measure` found, and for ``training`` and ``inference`` the ``*_seconds`` of each round and the
-        quartiles of ``*_speed`` in iterations per second and of ``*_time_ratio`` to the first config.
+        quartiles of ``*_speed`` in iterations per second and of ``*_time_ratio`` to the first config. With ``fuse``
+        also ``folded``, from :meth:`Detector.fuse`.
 
     Raises:
         ValueError: No config.
@@ -311,8 +326,10 @@ def benchmark(configs: Sequence[Config], settings: Settings) -> dict[str, Any]:
         rows.append(row)
         bar.update()
     for phase, step in (('training', 'train_step'), ('inference', 'test_step')):
-        for detector in detectors:
+        for detector, row in zip(detectors, rows, strict=True):
             detector.model.train(phase == 'training')
+            if phase == 'inference' and settings.fuse:
+                row['folded'] = detector.fuse()
         steps = [getattr(detector, step) for detector in detectors]
         seconds = np.array(time_in_alternation(steps, settings.rounds, settings.warmup, synchronize, bar.update))
         for row, own in zip(rows, seconds, strict=True):
@@ -322,6 +339,8 @@ def benchmark(configs: Sequence[Config], settings: Settings) -> dict[str, Any]:
     sys.stderr.write('\n')
 
     notes = [*NOTES, CUDA_NOTE if settings.on_cuda else CPU_NOTE]
+    if settings.fuse:
+        notes.append(FUSE_NOTE)
     if any('SyncBN' in str(config.model) for config in configs):
         notes.append('SyncBN was measured as BN in one process, without its synchronization.')
     return dict(settings=settings.described(), notes=notes, rows=rows)
@@ -329,7 +348,7 @@ def benchmark(configs: Sequence[Config], settings: Settings) -> dict[str, Any]:
 
 def to_markdown(results: dict[str, Any]) -> str:
     """The results of :func:`benchmark` as a table, with settings and notes under it."""
-    heads = (
+    heads = [
         'config',
         'memory (GB)',
         'inference FLOPs (G)',
@@ -338,12 +357,14 @@ def to_markdown(results: dict[str, Any]) -> str:
         'time ratio',
         'inference (iter/s)',
         'time ratio',
-    )
+        *(['normalizers folded'] if results['settings']['fuse'] else []),
+    ]
     rows = []
     for row in results['rows']:
         gigas = [f'{row[key] / 1e9:.2f}' for key in ('memory_bytes', 'inference_flops', 'training_flops')]
         times = [row[f'{phase}_{key}'] for phase in ('training', 'inference') for key in ('speed', 'time_ratio')]
-        rows.append([row['config'], *gigas, *(f'{t["median"]:.3g} ({t["q1"]:.3g} to {t["q3"]:.3g})' for t in times)])
+        cells = (f'{t["median"]:.3g} ({t["q1"]:.3g} to {t["q3"]:.3g})' for t in times)
+        rows.append([row['config'], *gigas, *cells, *([row['folded']] if 'folded' in row else [])])
     settings = ', '.join(f'{key} {value}' for key, value in results['settings'].items())
     return '\n'.join(
         [table(heads, rows), '', f'Settings: {settings}.', '', *(f'- {note}' for note in results['notes']), '']

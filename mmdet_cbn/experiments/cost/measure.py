@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from mmcv.cnn import fuse_conv_bn
 from mmengine.config import Config
 from mmengine.utils import ProgressBar
 from torch import nn
@@ -188,7 +187,7 @@ def inference_rows(rounds: int) -> list[Row]:
         for detector in detectors:
             detector.model.eval()
             if 'fuse' in name:
-                detector.model = fuse_conv_bn(detector.model)
+                detector.fuse()
             predictions.append(detector.test_step()[0].pred_instances)
         equal = all(torch.equal(value, predictions[1][key]) for key, value in predictions[0].items())
         seconds = time_in_alternation([detector.test_step for detector in detectors], rounds, warmup=2)
