@@ -1,8 +1,0 @@
-_base_ = ['../_base_/facemask_faster_rcnn.py', '../_base_/brn.py']
-
-norm_cfg = _base_.norm_cfg
-model = dict(
-    backbone=dict(norm_cfg=norm_cfg),
-    neck=dict(norm_cfg=norm_cfg),
-    roi_head=dict(bbox_head=dict(norm_cfg=norm_cfg)),
-)
