@@ -108,3 +108,11 @@ def test_the_tool_tries_a_family_once(tmp_path):
     assert 'not tried again' in (tmp_path / 'mmpretrain.md').read_text()
     wrong = subprocess.run([*command[:3], 'nothing', *command[4:]], capture_output=True, text=True)
     assert wrong.returncode == 2 and "['nothing'] are not among the families of mmpretrain" in wrong.stderr
+
+
+@pytest.mark.rows
+def test_segmentors_are_tried_too(tmp_path):
+    command = [sys.executable, ROOT / 'tools/zoo.py', 'mmseg', 'fastscnn', '--size', '64', '--out', tmp_path]
+    subprocess.run(command, check=True)
+    (row,) = json.loads((tmp_path / 'mmseg.json').read_text())
+    assert row['layers'] == 46 and not row['naive'] and not row['problem']

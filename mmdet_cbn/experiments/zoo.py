@@ -75,11 +75,26 @@ def _classification_data(config: Config, images: int, size: int) -> Any:
     return dict(inputs=list(pixels), data_samples=[DataSample().set_gt_label(i) for i in range(images)])
 
 
+def _segmentation_data(config: Config, images: int, size: int) -> Any:
+    from mmengine.structures import PixelData
+    from mmseg.structures import SegDataSample
+
+    pixels = torch.randint(0, 256, (images, 3, size, size), dtype=torch.uint8)
+    classes = min(_values(config.model, 'num_classes'), default=2)
+    samples = []
+    for labels in torch.randint(classes, (images, 1, size, size)):
+        sample = SegDataSample(metainfo=dict(img_shape=(size, size)))
+        sample.gt_sem_seg, sample.gt_edge_map = PixelData(data=labels), PixelData(data=labels % 2)
+        samples.append(sample)
+    return dict(inputs=list(pixels), data_samples=samples)
+
+
 ZOOS = {
     zoo.package: zoo
     for zoo in (
         Zoo('mmdet', lambda config: 'detector' not in config.model, _detection_data),
         Zoo('mmpretrain', lambda config: config.model.get('type') == 'ImageClassifier', _classification_data),
+        Zoo('mmseg', lambda config: True, _segmentation_data),
     )
 }
 
