@@ -18,7 +18,7 @@ from mmdet_cbn.experiments.paper.logs import Run, collect, find_runs, settings_o
 from mmdet_cbn.experiments.paper.report import markdown, overview, plot_figure, write_report
 from mmdet_cbn.experiments.paper.runs import Setting, Trial, recipe_of, trials_of
 from mmdet_cbn.experiments.study import STUDY
-from mmdet_cbn.experiments.study.fine_tuning import FINE_TUNING
+from mmdet_cbn.experiments.study.fine_tuning import FINE_TUNING, FINE_TUNING_RATES
 from mmdet_cbn.experiments.study.small_batches import (
     BURN_IN,
     GRADIENT,
@@ -134,7 +134,7 @@ def test_fine_tuning_differs_in_normalizers_and_images_only():
     for row in FINE_TUNING.rows:
         method, images = row.labels
         config = config_of(row)
-        optimizer = dict(type='SGD', lr=0.00125 * images, momentum=0.9, weight_decay=0.0001)
+        optimizer = dict(type='SGD', lr=0.005 * images, momentum=0.9, weight_decay=0.0001)
         assert config.optim_wrapper.optimizer == optimizer and images_of(row) == images
         allowed = ('norm', 'custom_hooks', 'batch_size', 'optimizer.lr', 'init_cfg.checkpoint')
         changed = {key for key, value in settings_of(config).items() if reference.get(key) != value}
@@ -147,6 +147,17 @@ def test_fine_tuning_differs_in_normalizers_and_images_only():
             assert norm.window_size == suggested_window_size(images)
             assert 'gradient' not in method or f'gradient {norm.gradient}' in method
             assert ('Naive' in method, '64' in method) == (norm.get('order') == 0, norm.get('samples') == 64)
+
+
+def test_fine_tuning_at_other_rates_differs_in_these_only():
+    for row in FINE_TUNING_RATES.rows:
+        method, rate = row.labels
+        same = row_of(FINE_TUNING, method, 2)
+        assert (row.run == same.run) == (rate == 4)
+        config, reference = settings_of(config_of(row)), settings_of(config_of(same))
+        assert config.pop('optim_wrapper.optimizer.lr') == pytest.approx(0.0025 * rate)
+        reference.pop('optim_wrapper.optimizer.lr')
+        assert config == reference
 
 
 def test_sgd_is_as_in_the_paper_and_the_window_alone_varies():

@@ -11,6 +11,8 @@ import argparse
 import re
 from pathlib import Path
 
+from mmengine.logging import MMLogger
+
 from mmdet_cbn.experiments.paper.imagenet import IMAGENET
 from mmdet_cbn.experiments.paper.logs import collect, find_runs
 from mmdet_cbn.experiments.paper.report import markdown, overview, write_report
@@ -31,6 +33,8 @@ def main() -> None:
     parser.add_argument('--trials', type=int, default=5, help='how many a row should have (default: %(default)s)')
     parser.add_argument('--readme', type=Path, help='renew the tables in this file instead, between their marks')
     args = parser.parse_args()
+    # It would tell of each environment variable that a config reads.
+    MMLogger.get_current_instance().setLevel('WARNING')
     for folder in args.work_dirs:
         if not folder.exists():
             parser.error(f'WORK_DIRS: {folder} does not exist')
