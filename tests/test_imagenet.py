@@ -157,10 +157,10 @@ def test_our_study_has_the_papers_rate_for_each_image(table):
         images, rate = config.train_dataloader.batch_size, row.labels[1] if table is CLASSIFICATION_RATES else 1
         assert f'{images} images' in method or images == row.labels[1]
         assert config.optim_wrapper.optimizer.lr == pytest.approx(0.1 / (4 * 32) * images * rate)
-        assert row.twin == 'imagenette' and config.train_cfg.max_epochs == 8
+        assert row.twin == 'imagenette' and config.train_cfg.max_epochs == config.param_scheduler.T_max == 4
         norm = config.model.backbone.norm_cfg
         if 'CBN' in method:
-            assert images * window_size_of(row) == 16 and config.custom_hooks[0].burn_in_epochs == 2
+            assert images * window_size_of(row) == 16 and config.custom_hooks[0].burn_in_epochs == 1
             assert norm.get('order', 1) == (0 if 'Naive' in method else 2 if 'order 2' in method else 1)
             assert 'gradient' not in method or f'gradient {norm.gradient}' in method
         else:
