@@ -163,7 +163,12 @@ def test_the_layer_is_as_near_to_the_oracle_as_batch_norm(check, monkeypatch):
     assert {name: result.status for name, result in check('layer').items()} == right
     monkeypatch.setattr(preflight, 'MEMORY_FORMATS', dict(contiguous=torch.contiguous_format))
     compensate = first_order.compensate
-    monkeypatch.setattr(first_order, 'compensate', lambda *args: (compensate(*args)[0] + 0.1, compensate(*args)[1]))
+
+    def wrong(*args):
+        moved = compensate(*args)
+        return moved._replace(mean=moved.mean + 0.1)
+
+    monkeypatch.setattr(first_order, 'compensate', wrong)
     found = check('layer').values()
     assert [result.status for result in found] == [status.replace('ok', 'NOT OK') for status in right.values()]
     assert all('order=1, contiguous is the farthest' in result.found for result in found if result.status == 'NOT OK')
