@@ -97,22 +97,28 @@ def test_labels_are_of_the_models_classes():
         assert sample.gt_instances.labels.min() >= 0 and sample.gt_instances.labels.max() < 2
 
 
+def tool(package, family, folder):
+    return [sys.executable, ROOT / 'tools/zoo.py', package, family, '--size', '64', '--out', folder]
+
+
+def row_of(package, family, folder):
+    subprocess.run(tool(package, family, folder), check=True)
+    (row,) = json.loads((folder / f'{package}.json').read_text())
+    return row
+
+
 @pytest.mark.slow
 def test_the_tool_tries_a_family_once(tmp_path):
-    command = [sys.executable, ROOT / 'tools/zoo.py', 'mmpretrain', 'mobilenet_v2', '--size', '64', '--out', tmp_path]
-    subprocess.run(command, check=True)
-    (row,) = json.loads((tmp_path / 'mmpretrain.json').read_text())
+    row = row_of('mmpretrain', 'mobilenet_v2', tmp_path)
     assert row['layers'] == 52 and not row['naive'] and not row['problem']
     (tmp_path / 'mmpretrain.json').write_text(json.dumps([{**row, 'config': 'not tried again'}]))
-    subprocess.run(command, check=True)
+    row_of('mmpretrain', 'mobilenet_v2', tmp_path)
     assert 'not tried again' in (tmp_path / 'mmpretrain.md').read_text()
-    wrong = subprocess.run([*command[:3], 'nothing', *command[4:]], capture_output=True, text=True)
+    wrong = subprocess.run(tool('mmpretrain', 'nothing', tmp_path), capture_output=True, text=True)
     assert wrong.returncode == 2 and "['nothing'] are not among the families of mmpretrain" in wrong.stderr
 
 
 @pytest.mark.rows
 def test_segmentors_are_tried_too(tmp_path):
-    command = [sys.executable, ROOT / 'tools/zoo.py', 'mmseg', 'fastscnn', '--size', '64', '--out', tmp_path]
-    subprocess.run(command, check=True)
-    (row,) = json.loads((tmp_path / 'mmseg.json').read_text())
+    row = row_of('mmseg', 'fastscnn', tmp_path)
     assert row['layers'] == 46 and not row['naive'] and not row['problem']

@@ -73,7 +73,7 @@ class Sampled(Compensation):
         self, old: SampledStatistics, past: Moved | None, conv: ConvCall, share: Tensor, var_slope: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         patches = old.patches.flatten(0, 1)
-        distance = (compensate_samples(old, conv.weight, conv.groups) if past is None else past).distance
+        distance = _distances(old, conv.weight, conv.groups)[1] if past is None else past.distance
         assert distance is not None
         # With the mean m over the sample: d sum of s (x - m)^2 / dtheta = 2 sum of s (x - m) p
         factors = 2 * share.unsqueeze(1) * old.share.unsqueeze(2) * distance
@@ -129,7 +129,8 @@ def sampled_statistics(
     else:  # x is rounded, so its difference from the outputs under theta_t would be one of precisions
         outputs = _outputs(patches, conv.weight.to(mean.dtype), conv.groups)
     share = mean.new_full((len(patches),), 1 / len(patches))
-    sample_mean, sample_var, _ = _over_samples(outputs.unsqueeze(0), share.unsqueeze(0))
+    sample_mean, distance = _from_mean(outputs.unsqueeze(0), share.unsqueeze(0))
+    sample_var = _variance(distance, share.unsqueeze(0))
     return SampledStatistics(mean, var, patches, share, sample_mean.squeeze(0), sample_var.squeeze(0))
 
 
@@ -153,8 +154,8 @@ def compensate_samples(old: SampledStatistics, weight: Tensor, groups: int) -> M
     Returns:
         mu' and var' of each earlier iteration, and the distances of the samples, [k, n, C_out].
     """
-    x = _outputs(old.patches.flatten(0, 1), weight.to(old.mean.dtype), groups)
-    mean, var, distance = _over_samples(x.unflatten(0, old.patches.shape[:2]), old.share)
+    mean, distance = _distances(old, weight, groups)
+    var = _variance(distance, old.share)
     moved_var = (old.var + (var - old.sample_var)).clamp_(min=0)
     return Moved(old.mean + (mean - old.sample_mean), moved_var, distance)
 
@@ -167,9 +168,18 @@ def _outputs(patches: Tensor, theta: Tensor, groups: int) -> Tensor:
     return torch.einsum('ngd,gcd->ngc', patches.reshape(len(patches), groups, -1), by_group).flatten(1)
 
 
-def _over_samples(x: Tensor, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and biased variance [k, C_out] over samples x [k, n, C_out] with a ``share`` [k, n] each, and x - mean."""
-    share = share.unsqueeze(1)
-    mean = torch.bmm(share, x)
-    distance = x - mean
-    return mean.squeeze(1), torch.bmm(share, distance.square()).squeeze(1), distance
+def _distances(old: SampledStatistics, weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """:func:`_from_mean` of the samples of k iterations under ``weight``."""
+    x = _outputs(old.patches.flatten(0, 1), weight.to(old.mean.dtype), groups)
+    return _from_mean(x.unflatten(0, old.patches.shape[:2]), old.share)
+
+
+def _from_mean(x: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean [k, C_out] over samples x [k, n, C_out] with a ``share`` [k, n] each, and x - mean."""
+    mean = torch.bmm(share.unsqueeze(1), x)
+    return mean.squeeze(1), x - mean
+
+
+def _variance(distance: Tensor, share: Tensor) -> Tensor:
+    """Biased variance [k, C_out] over samples of such a distance from their mean, with a ``share`` each."""
+    return torch.bmm(share.unsqueeze(1), distance.square()).squeeze(1)

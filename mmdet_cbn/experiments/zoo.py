@@ -18,6 +18,7 @@ import torch
 from mmengine.config import Config
 from mmengine.logging import MessageHub
 from mmengine.registry import MODELS, DefaultScope
+from mmengine.structures import PixelData
 from torch import nn
 
 from ..layers.cbn import CBN
@@ -68,25 +69,26 @@ def _detection_data(config: Config, images: int, size: int) -> Any:
     return data
 
 
+def _pixels(images: int, size: int) -> list[torch.Tensor]:
+    return list(torch.randint(0, 256, (images, 3, size, size), dtype=torch.uint8))
+
+
 def _classification_data(config: Config, images: int, size: int) -> Any:
     from mmpretrain.structures import DataSample
 
-    pixels = torch.randint(0, 256, (images, 3, size, size), dtype=torch.uint8)
-    return dict(inputs=list(pixels), data_samples=[DataSample().set_gt_label(i) for i in range(images)])
+    return dict(inputs=_pixels(images, size), data_samples=[DataSample().set_gt_label(i) for i in range(images)])
 
 
 def _segmentation_data(config: Config, images: int, size: int) -> Any:
-    from mmengine.structures import PixelData
     from mmseg.structures import SegDataSample
 
-    pixels = torch.randint(0, 256, (images, 3, size, size), dtype=torch.uint8)
     classes = min(_values(config.model, 'num_classes'), default=2)
     samples = []
     for labels in torch.randint(classes, (images, 1, size, size)):
         sample = SegDataSample(metainfo=dict(img_shape=(size, size)))
         sample.gt_sem_seg, sample.gt_edge_map = PixelData(data=labels), PixelData(data=labels % 2)
         samples.append(sample)
-    return dict(inputs=list(pixels), data_samples=samples)
+    return dict(inputs=_pixels(images, size), data_samples=samples)
 
 
 ZOOS = {

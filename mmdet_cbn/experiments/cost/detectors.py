@@ -348,6 +348,7 @@ def benchmark(configs: Sequence[Config], settings: Settings) -> dict[str, Any]:
 
 def to_markdown(results: dict[str, Any]) -> str:
     """The results of :func:`benchmark` as a table, with settings and notes under it."""
+    is_fused = results['settings']['fuse']
     heads = [
         'config',
         'memory (GB)',
@@ -357,14 +358,14 @@ def to_markdown(results: dict[str, Any]) -> str:
         'time ratio',
         'inference (iter/s)',
         'time ratio',
-        *(['normalizers folded'] if results['settings']['fuse'] else []),
+        *(['normalizers folded'] if is_fused else []),
     ]
     rows = []
     for row in results['rows']:
         gigas = [f'{row[key] / 1e9:.2f}' for key in ('memory_bytes', 'inference_flops', 'training_flops')]
         times = [row[f'{phase}_{key}'] for phase in ('training', 'inference') for key in ('speed', 'time_ratio')]
         cells = (f'{t["median"]:.3g} ({t["q1"]:.3g} to {t["q3"]:.3g})' for t in times)
-        rows.append([row['config'], *gigas, *cells, *([row['folded']] if 'folded' in row else [])])
+        rows.append([row['config'], *gigas, *cells, *([row['folded']] if is_fused else [])])
     settings = ', '.join(f'{key} {value}' for key, value in results['settings'].items())
     return '\n'.join(
         [table(heads, rows), '', f'Settings: {settings}.', '', *(f'- {note}' for note in results['notes']), '']

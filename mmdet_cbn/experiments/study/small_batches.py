@@ -241,13 +241,15 @@ PHOTOGRAPHS = _table(
     'facemask',
     'Photographs: RetinaNet',
     'images per step',
-    *_gradients(FACEMASK, [('batch', 8), ('weights', 8), (0.25, 8), (0.25, 0)], images=(4,)),
+    *_gradients(FACEMASK, [*((kind, FACEMASK.burn_in) for kind in ('batch', 'weights', 0.25)), (0.25, 0)], images=(4,)),
 )
 PHOTOGRAPHS_FASTER = _table(
     'facemask-faster-rcnn',
     'Photographs: Faster R-CNN with a 4conv1fc head',
     'images per step',
-    *_gradients(FASTER, [('batch', 4), (0.25, 4), (0.25, 0)], images=(4,), beside=('BN', 'GN')),
+    *_gradients(
+        FASTER, [('batch', FASTER.burn_in), (0.25, FASTER.burn_in), (0.25, 0)], images=(4,), beside=('BN', 'GN')
+    ),
 )
 _WITH_SGD: tuple[tuple[str, dict[str, Any]], ...] = (('Naive CBN', {}), ('CBN', {}), ('CBN', {'gradient': 0.25}))
 SGD = _table(
