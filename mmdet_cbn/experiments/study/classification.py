@@ -8,15 +8,19 @@ from ..paper.tables import Row, Table
 from .methods import METHODS, words_of
 
 _SHORT = {'train_cfg.max_epochs': 4, 'param_scheduler.T_max': 4}
-_BURN_IN = {'custom_hooks.0.burn_in_epochs': 1}
+_BURN_IN = 1  # epochs
 
 
-def _ours(method: str, images: int, rate: float = 1) -> Row:
+def _ours(method: str, images: int, rate: float = 1, burn_in: int = _BURN_IN) -> Row:
     norm, arguments = METHODS[method]
     words = ['small', *words_of(method), str(images), *[f'rate-{rate}'] * (rate != 1)]
     changes = {**arguments, 'times_rate': rate, 'twin': 'imagenette'}
+    if burn_in != _BURN_IN:
+        method = f'{method}, burn-in {burn_in}'
+        words.append(f'burn-in-{burn_in}')
     row = imagenet_row('-'.join(words), (method, images), images, norm, None, **changes)
-    return row._replace(options={**row.options, **_SHORT, **(_BURN_IN if norm == 'cbn' else {})})
+    of_hook = {'custom_hooks.0.burn_in_epochs': burn_in} if norm == 'cbn' else {}
+    return row._replace(options={**row.options, **_SHORT, **of_hook})
 
 
 def _of_rate(method: str, images: int, rate: float) -> Row:
@@ -37,6 +41,7 @@ CLASSIFICATION = Table(
         ),
         _ours('CBN, 64 samples, gradient 0.25', 4),
         _ours('CBN, order 2, gradient 0.25', 4),
+        *(_ours(method, 4, burn_in=0) for method in ('CBN, gradient batch', 'CBN, gradient 0.25')),
     ),
     gpus=1,
 )
