@@ -188,6 +188,9 @@ class ConvFinder:
         self._is_told = conv is not None
         self._settled = self._is_told
         self._in_training = False
+        # Those that were seen since it has watched all convolutions, and whether one of them was not known.
+        self._seen: set[_ConvNd] = set()
+        self._has_new = False
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy must watch as its original does, or it misses the convolution in its first forward.
@@ -217,7 +220,7 @@ class ConvFinder:
         """The convolution that has just returned ``output``, and its input.
 
         Returns:
-            None if the known convolution was replaced. The next forward finds the new one.
+            None if it is none of those known. The next forward finds it.
 
         Raises:
             LookupError: No convolution has just returned ``output``.
@@ -228,23 +231,32 @@ class ConvFinder:
         if claimed is None or (self._is_told and claimed[0] not in self._handles):
             if self._is_told or self in watch:
                 raise LookupError
-            self._start_over()
+            self._settled = False
+            self.start()
             return None
         conv, input = claimed
         if conv not in self._handles:
             self._handles[conv] = None
+            self._has_new = True
             self.start()
-        elif not self._settled:
-            # The convolution has come round again, so by now all that feed the norm in one iteration were seen.
-            self._settled = True
-            watch.discard(self)
+        elif not self._settled and self._has_new and conv in self._seen:
+            self._settle()
+        if not self._settled:
+            self._seen.add(conv)
         return conv, input
 
-    def _start_over(self) -> None:
-        self.stop()
-        self._handles.clear()
-        self._settled = False
-        self.start()
+    def _settle(self) -> None:
+        """Watch no longer. One of the convolutions has come round again, so probably all were seen that feed the norm.
+
+        If another one comes after all, the norm watches again until that one has come.
+        """
+        for conv in self._handles.keys() - self._seen:  # which have been replaced
+            handle = self._handles.pop(conv)
+            if handle is not None:
+                handle.remove()
+        self._settled, self._has_new = True, False
+        self._seen.clear()
+        watch.discard(self)
 
 
 class Watch:

@@ -11,7 +11,7 @@ from test_cbn import batches, conv_and_norm, loss_of
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mmdet_cbn import CBN
+from mmdet_cbn import CBN, pairing
 
 pytestmark = pytest.mark.usefixtures('device')
 
@@ -60,6 +60,35 @@ def test_a_norm_behind_two_convolutions_keeps_them_apart():
         step(list(first.parameters()) + list(second.parameters()), [loss_of(y) for y in ys])
     assert lengths == [1, 2, 3, 3]
     assert [window.stacked().var_grad.shape[2:] for window in norm.windows] == [(4, 1, 1), (4, 3, 3)]
+
+
+@pytest.mark.parametrize('order', ['AAB', 'AABC', 'ABBCA'])
+def test_convolutions_that_come_in_any_order_are_all_found(order):
+    norm = CBN(4, window_size=3).double()
+    convs = {name: nn.Conv2d(4, 4, 1).double() for name in order}
+    for x in batches(7):
+        lengths = []
+        for name in order:
+            y = norm(convs[name](x))
+            lengths.append(norm.window_length)
+        loss_of(y).backward()
+    assert lengths == [3] * len(order)
+    assert not pairing.watch.finders, 'it need not watch all convolutions any more'
+
+
+def test_a_call_without_a_window_does_not_shift_those_that_follow():
+    """As in the iteration in which the convolution of a shared head was replaced."""
+    conv, norm = conv_and_norm(window_size=3)
+    levels = (1, 10, 100)
+    for conv in (conv, nn.Conv2d(4, 4, 3, bias=False).double()):
+        means = []
+        for x in batches(2):
+            means.append(conv(x).mean(dim=(0, 2, 3)))
+            sum(loss_of(norm(conv(level * x))) for level in levels).backward()
+    for window, level in zip(norm.windows, levels, strict=True):
+        for kept in window.stacked().mean:
+            assert any(torch.allclose(kept, level * mean) for mean in means)
+    assert [len(window) for window in norm.windows] == [1, 2, 2]
 
 
 def test_another_convolution_of_the_same_shape_begins_afresh():

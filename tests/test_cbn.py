@@ -872,7 +872,7 @@ def test_a_layer_whose_convolution_was_replaced_says_so_once(told):
             model(x)
             assert model[1].window_length == length
     (warning,) = told('current batch alone')
-    assert warning.startswith("CBN layer '1' (CBN(4, ") and 'because the convolution that fed it' in warning
+    assert warning.startswith("CBN layer '1' (CBN(4, ") and 'because another convolution feeds it' in warning
 
 
 def test_a_layer_whose_convolutions_take_turns_says_once_that_its_window_does_not_fit(told):

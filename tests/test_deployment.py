@@ -322,3 +322,14 @@ def test_det_inferencer_detects_what_the_trained_model_does(
     expected = detections(detector, runner.val_dataloader)[0]
     assert found == {name: expected[name].tolist() for name in ('bboxes', 'labels', 'scores')}
     assert (tmp_path / 'vis' / Path(images[0]).name).stat().st_size > 0
+
+
+@pytest.mark.parametrize('norm_cfg', [dict(type='CBN', window_size=8), dict(type='BRN'), dict(type='BN')])
+def test_a_published_config_has_what_was_in_with_norm(norm_cfg):
+    inner = dict(type='mmdet.ResNet', depth=18)
+    config = Config(dict(model=dict(backbone=dict(type='WithNorm', model=inner, norm_cfg=norm_cfg))))
+    assert plain_config(config).model.backbone == inner
+    for other in (dict(type='GN', num_groups=4), {**norm_cfg, 'eps': 0.1}):
+        config.model.backbone.norm_cfg = other
+        with pytest.raises(ValueError, match='mmdet_cbn is needed for WithNorm, unless its norm_cfg is of BatchNorm'):
+            plain_config(config)

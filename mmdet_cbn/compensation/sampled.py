@@ -34,8 +34,9 @@ class SampledStatistics(NamedTuple):
 class Sampled(Compensation):
     """Moves the statistics of earlier iterations as those of their samples move.
 
-    The positions come from a stream of random numbers that belongs to the layer. No other stream is touched, and a
-    seeded run draws the same positions again.
+    The positions come from random numbers of the layer's own. No other stream is touched, and a seeded run draws the
+    same positions again. Layers that are built without drawing weights between them, as in a block of mmdet's ResNet,
+    draw the same positions.
 
     Args:
         samples: Positions of each iteration.
@@ -48,7 +49,7 @@ class Sampled(Compensation):
 
     def __init__(self, samples: int) -> None:
         self.samples = samples
-        # The state changes from layer to layer, because the weights between them are drawn. It is only read.
+        # The state is only read. It changes from layer to layer where weights are drawn between them.
         # By its address, because fake tensors (torch.export, tests) would take part in any operation on it.
         state = torch.get_rng_state()
         self.draws = zlib.crc32(ctypes.string_at(state.data_ptr(), state.nbytes)) << 31

@@ -16,7 +16,7 @@ from ..compensation import drop_inf_and_nan, make_compensation
 from ..errors import refuse_data_parallel, title_of
 from ..old_torch import IS_BEFORE_2_8, is_compiling, outside_graphs_in_training
 from ..pairing import ConvCall, ConvFinder, why_unsupported
-from ..window.calls import CallWindows
+from ..window.calls import CallWindows, is_recomputing
 from .compilation import opaque_to_compiler
 from .conversion import active_norms, convert_in_place, select
 from .diagnosis import Diagnosis, DiagnosisRecorder
@@ -178,9 +178,11 @@ class CBN(nn.BatchNorm2d):
         has_window = self.training and self.window_size != 1
         found = self._find_conv(input) if has_window else None
         if has_window and input.numel() == 0:
-            return self._empty_forward(input, found)
-        if not has_window or self.burn_in or (found is None and self.compensation.needs_conv):
+            return self._without_window(super().forward(input), None if found is None else found[0])
+        if not has_window or self.burn_in:
             return self._batch_norm(input)
+        if found is None and self.compensation.needs_conv:
+            return self._without_window(self._batch_norm(input), None)
         conv = None if found is None else ConvCall.of(*found, input)
         mean, var, gradient, call = self.window_step(input, conv, self._running())
         conv_bias, conv_weight = (None, None) if conv is None else (conv.bias, conv.weight)
@@ -225,18 +227,17 @@ class CBN(nn.BatchNorm2d):
         self._count_if_bad(finite)
         return output
 
-    def _empty_forward(self, input: Tensor, found: tuple[Any, Tensor] | None) -> Tensor:
-        output = super().forward(input)
-        if output.grad_fn is not None and not is_compiling():
-            # It is a call like the others: without it, the calls that follow would use each other's windows.
-            call = self.windows.begin_call(None if found is None else found[0])
+    def _without_window(self, output: Tensor, conv: Any) -> Tensor:
+        """Count the call that made ``output``. Otherwise the calls that follow would use each other's windows."""
+        if output.grad_fn is not None and not is_compiling() and not is_recomputing():
+            call = self.windows.begin_call(conv)
             output.grad_fn.register_prehook(call.note_backward)
         return output
 
     def _find_conv(self, input: Tensor) -> tuple[Any, Tensor] | None:
         """The convolution that made ``input``, and its own input.
 
-        None if the compensation needs no convolution, or from now on needs none, or if the known one was replaced.
+        None if the compensation needs no convolution, or from now on needs none, or if it is none of those known.
         """
         self._check_training_input(input)
         if not self.compensation.needs_conv:
@@ -249,7 +250,7 @@ class CBN(nn.BatchNorm2d):
         else:
             if found is None:
                 if not self.burn_in:
-                    self.warn_once('the convolution that fed it before has been replaced; it looks for the new one')
+                    self.warn_once('another convolution feeds it than before; it looks for that one')
                 return None
             reason = why_unsupported(found[0])
         return found if reason is None else self._do_without_conv(reason)

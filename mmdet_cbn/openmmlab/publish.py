@@ -7,7 +7,10 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, MODELS
 from torch import nn
 
+from .with_norm import with_norm
+
 _PACKAGE = __name__.partition('.')[0]
+_OF_EVALUATION = {'eps', 'affine', 'track_running_stats'}
 _OF_BATCH_NORM = ('requires_grad', 'eps', 'momentum', 'affine', 'track_running_stats')
 _LEFT_OUT = object()
 
@@ -15,14 +18,15 @@ _LEFT_OUT = object()
 def plain_config(config: Config) -> Config:
     """A config that does without this package.
 
-    Each normalizer of this package becomes BN, which computes the same in evaluation. The hooks of this package go, and
-    so does its import.
+    Each normalizer of this package becomes BN, which computes the same in evaluation. A model in ``WithNorm`` comes out
+    of it, with the BatchNorm that it has of its own. The hooks of this package go, and so does its import.
 
     Args:
         config: Of a model. It does not change.
 
     Raises:
-        ValueError: It has another class of this package.
+        ValueError: It has something else of this package, or ``WithNorm`` with a normalizer that is not the model's own
+            BatchNorm in evaluation.
     """
     plain = _plain(config.to_dict())
     custom = plain.pop('custom_imports', {})
@@ -57,22 +61,29 @@ def _plain(value: Any) -> Any:
         return type(value)(item for item in map(_plain, value) if item is not _LEFT_OUT)
     if not isinstance(value, dict):
         return value
-    kind = _class_of_ours(value.get('type'))
-    if kind is None:
+    found = _registered_of_ours(value.get('type'))
+    if found is None:
         items = {key: _plain(item) for key, item in value.items()}
         return {key: item for key, item in items.items() if item is not _LEFT_OUT}
-    if issubclass(kind, nn.BatchNorm2d):
+    if found is with_norm:
+        norm_cfg = _plain(value['norm_cfg'])
+        if norm_cfg.get('type') != 'BN' or not _OF_EVALUATION.isdisjoint(norm_cfg):
+            raise ValueError(
+                f'{_PACKAGE} is needed for WithNorm, unless its norm_cfg is of BatchNorm, CBN or BRN, and has none of '
+                f'{", ".join(sorted(_OF_EVALUATION))}; it is {value["norm_cfg"]}'
+            )
+        return _plain(value['model'])
+    if isinstance(found, type) and issubclass(found, nn.BatchNorm2d):
         return {'type': 'BN', **{key: value[key] for key in _OF_BATCH_NORM if key in value}}
-    if issubclass(kind, Hook):
+    if isinstance(found, type) and issubclass(found, Hook):
         return _LEFT_OUT
-    raise ValueError(f'{_PACKAGE} is needed for {kind.__name__}, which the config has')
+    raise ValueError(f'{_PACKAGE} is needed for {found.__name__}, which the config has')
 
 
-def _class_of_ours(kind: Any) -> type | None:
-    """The class that a config calls ``kind``, if this package has it."""
+def _registered_of_ours(kind: Any) -> Any:
+    """The class or function that a config calls ``kind``, if this package has it."""
     found = kind
     if isinstance(kind, str):
         with MODELS.switch_scope_and_registry(None) as models:  # of the default scope, as mmengine builds
             found = models.get(kind) or HOOKS.get(kind)
-    is_ours = isinstance(found, type) and found.__module__.partition('.')[0] == _PACKAGE
-    return found if is_ours else None
+    return found if str(getattr(found, '__module__', '')).partition('.')[0] == _PACKAGE else None
