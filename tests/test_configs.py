@@ -384,3 +384,15 @@ def test_a_config_can_inherit_from_ours(tmp_path):
     assert {m.num_groups for m in norms(model.neck)} == {16}
     assert {m.num_groups for m in norms(model.roi_head)} == {32}
     assert get_config('mmdet_cbn::cbn/mask-rcnn_r101_fpn_cbn-head_1x_coco.py').model.backbone.depth == 101
+
+
+def test_the_learning_rate_is_that_of_the_images_of_a_step():
+    """Otherwise --auto-scale-lr would scale it twice."""
+    checked = 0
+    for folder, gpus in (('cbn', 4), ('zoo', 1), ('small', 1)):
+        for path in (ROOT / 'configs' / folder).glob('*.py'):
+            config = Config.fromfile(path)
+            if 'auto_scale_lr' in config:
+                assert config.auto_scale_lr.base_batch_size == gpus * config.train_dataloader.batch_size, path.name
+                checked += 1
+    assert checked > 30

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import Net, runner_for
+from mmcv.cnn.bricks import ConvWS2d
 from mmengine.model import BaseModel
 from torch import nn
 
@@ -102,11 +103,29 @@ def test_one_or_two_layers_are_exact_where_no_more_have_changed(tmp_path):
     assert worst(errors, TWO_LAYERS, '4') > 1e-5, 'the layers before the two have changed'
 
 
-@pytest.mark.parametrize('hook', [GradientRatioHook(every=1), StatisticsFidelityHook(every=2, max_tau=1)])
-def test_the_training_goes_on_as_without_it(tmp_path, hook):
-    plain, watched = (train(tmp_path / str(bool(h)), Chain(), h).model.state_dict() for h in (None, hook))
+def mixed():
+    """A chain with kinds of CBN that are not looked at: of order 2, behind other convolutions, and Naive CBN."""
+    model = Chain()
+    model.backbone.update(
+        dict(
+            norm2=CBN(4, order=2),
+            conv3=ConvWS2d(4, 3, 3, padding=1),
+            conv4=nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()),
+            norm4=CBN(4, unsupported='naive'),
+        )
+    )
+    return model.double()
+
+
+@pytest.mark.parametrize(('make', 'looked_at'), [(Chain, {'1', '2', '3', '4'}), (mixed, {'1'})])
+@pytest.mark.parametrize('kind', [GradientRatioHook, StatisticsFidelityHook])
+def test_the_training_goes_on_as_without_it(tmp_path, kind, make, looked_at):
+    hook = kind(every=1) if kind is GradientRatioHook else kind(every=2, max_tau=1)
+    plain, watched = (train(tmp_path / str(bool(h)), make(), h, epochs=2).model.state_dict() for h in (None, hook))
     for name, value in plain.items():
         assert torch.equal(value, watched[name]), name
+    if kind is StatisticsFidelityHook:
+        assert {error.layer[-1] for error in hook.errors} == looked_at
 
 
 def test_a_model_without_such_layers_is_refused(tmp_path):

@@ -7,6 +7,7 @@ import torch
 from conftest import Net, runner_for
 from torch import nn
 
+from mmdet_cbn import CBN
 from mmdet_cbn.experiments.analysis.population import PopulationStatisticsHook
 
 
@@ -48,3 +49,9 @@ def test_frozen_norms_keep_their_statistics(tmp_path):
 def test_batches_is_checked():
     with pytest.raises(ValueError, match='PopulationStatisticsHook: batches must be an int >= 1, got 0'):
         PopulationStatisticsHook(batches=0)
+
+
+def test_other_batch_normalizers_are_refused(tmp_path):
+    runner = runner_for(tmp_path, Net(CBN(4)), PopulationStatisticsHook(), epochs=1)
+    with pytest.raises(RuntimeError, match=r"for BatchNorm alone, but 'norm' is CBN\(4"):
+        runner.train()

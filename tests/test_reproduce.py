@@ -373,8 +373,27 @@ def reproduce(monkeypatch, capsys, *arguments):
     return code, captured.out + captured.err
 
 
-@pytest.mark.parametrize('number', ['5', '6', '7', '8', 'figure3', 'figure5'])
-@pytest.mark.parametrize('small', [[], ['--small', '--gpus', '1']])
+def test_table_8_is_measured_anew_for_other_rows_or_options(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(ROOT)
+    done = tmp_path / 'table8' / 'command.txt'
+    done.parent.mkdir()
+    asked = '--table', '8', '--dry-run', '--work-dir', str(tmp_path)
+    done.write_text(reproduce(monkeypatch, capsys, *asked)[1].splitlines()[-1])
+    for more, is_finished in (((), True), (('--rows', 'bn'), False), (('--cfg-options', 'a=1'), False)):
+        text = reproduce(monkeypatch, capsys, *asked, *more)[1]
+        assert ('tools/benchmark.py' not in text) == is_finished
+    assert text.endswith('--cfg-options a=1\n')
+    code, text = reproduce(monkeypatch, capsys, *asked, '--small')
+    assert code and '--small must not be given for Table 8' in text
+
+
+@pytest.mark.parametrize(
+    ('number', 'small'),
+    [
+        *((number, []) for number in ('5', '6', '7', '8', 'figure3', 'figure5')),
+        *((number, ['--small', '--gpus', '1']) for number in ('5', '6', '7', 'figure3', 'figure5')),
+    ],
+)
 def test_a_dry_run_prints_commands_for_every_row_and_runs_nothing(number, small, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(ROOT)
     work_dir = str(tmp_path / 'runs')

@@ -307,6 +307,13 @@ def test_a_trial_that_is_stored_twice_counts_once(runs, tmp_path):
     assert find_runs([tmp_path / 'a.json', tmp_path / 'b.json']) == both, 'the finished one'
 
 
+def test_trainings_of_a_row_with_other_settings_are_told_apart(runs, tmp_path):
+    """As a row's own training and that of its small version, which have the same name."""
+    for name, lr in (('paper', 0.1), ('small', 0.2)):
+        store_runs([run._replace(settings={**run.settings, 'lr': lr}) for run in runs], tmp_path / f'{name}.json')
+    assert len(find_runs([tmp_path / 'paper.json', tmp_path / 'small.json'])) == 2 * len(runs)
+
+
 def test_a_run_in_a_file_and_in_its_folder_counts_once(runs, tmp_path, monkeypatch):
     """Also one of tools/train.py alone, which has no name. Others may be in folders of the same name."""
     paths = [tmp_path / name / 'bn' / 'seed-0' for name in ('here', 'there')]

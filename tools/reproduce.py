@@ -57,6 +57,8 @@ def parse_args() -> tuple[argparse.Namespace, list[Table]]:
     if args.rows:
         tables = [table._replace(rows=tuple(row for row in table.rows if row.name in args.rows)) for table in tables]
     if args.small:
+        if any(table.number == '8' for table in tables):
+            parser.error('--small must not be given for Table 8, which measures the cost of the rows as they are')
         for row in (row for table in tables for row in table.rows):
             fitting = [name for name, begin in TWINS.items() if row.file.startswith(begin)]
             if args.small not in fitting:
@@ -71,14 +73,20 @@ def benchmark(table: Table, setting: Setting, dry_run: bool) -> str:
     out = setting.work_dir / 'table8'
     configs = [str(setting.root / 'configs' / 'cbn' / f'{row.config}.py') for row in table.rows]
     command = ['python', str(setting.root / 'tools' / 'benchmark.py'), *configs, '--out', str(out)]
-    if (out / 'table8.json').exists():
+    if setting.options:
+        command += ['--cfg-options', *setting.options]
+    done, as_it_is = out / 'command.txt', shlex.join(command)
+    if done.exists() and done.read_text() == as_it_is:
         return 'was finished'
     if dry_run:
-        print(shlex.join(command))
+        print(as_it_is)
         return ''
     print(f'== {table.title}', flush=True)
     status = subprocess.run(command, env=environment()).returncode
-    return f'FAILED: exit status {status}' if status else 'finished'
+    if status:
+        return f'FAILED: exit status {status}'
+    done.write_text(as_it_is)
+    return 'finished'
 
 
 def environment() -> dict[str, str]:

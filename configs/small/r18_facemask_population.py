@@ -1,4 +1,7 @@
-"""The same; BN evaluates with statistics that are taken anew."""
+"""r18_facemask.py for rows with BN, which evaluates with statistics that are taken anew.
+
+CBN_ROW=faster-rcnn_r50_fpn_bn-all_1x_coco python tools/train.py configs/small/r18_facemask_population.py
+"""
 
 _base_ = './r18_facemask.py'
 work_dir = f'{_base_.work_dir}_population'

@@ -31,6 +31,7 @@ val_dataloader = dict(num_workers=0, persistent_workers=False)
 test_dataloader = val_dataloader
 
 optim_wrapper = dict(optimizer=dict(lr=0.005))  # 0.02 for 16 images, as in the row
+auto_scale_lr = dict(base_batch_size=4)
 param_scheduler = [dict(_base_.param_scheduler[0], end=50), _base_.param_scheduler[1]]
 default_hooks = dict(checkpoint=dict(max_keep_ckpts=2))
 randomness = dict(seed=0)

@@ -12,3 +12,4 @@ base_lr = _base_.base_lr * 4 / 256
 optim_wrapper = dict(optimizer=dict(lr=base_lr))
 param_scheduler = [_base_.param_scheduler[0], dict(_base_.param_scheduler[1], eta_min=base_lr * 0.05)]
 train_dataloader = dict(batch_size=4, num_workers=4)
+auto_scale_lr = dict(base_batch_size=4)

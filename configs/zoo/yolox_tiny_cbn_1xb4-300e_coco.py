@@ -16,3 +16,4 @@ param_scheduler = [
     _base_.param_scheduler[2],
 ]
 train_dataloader = dict(batch_size=4)
+auto_scale_lr = dict(base_batch_size=4)

@@ -14,6 +14,7 @@ from torch import nn
 
 from ...arguments import check_int
 from ...hooks.model import model_of
+from ...layers.conversion import active_norms
 
 
 @HOOKS.register_module()
@@ -28,16 +29,24 @@ class PopulationStatisticsHook(Hook):
     Raises:
         TypeError: ``batches`` is not an int.
         ValueError: ``batches`` is less than 1.
+        RuntimeError: When training begins: an active batch normalizer is neither BatchNorm nor SyncBatchNorm. The extra
+            batches would change what it remembers.
     """
 
     def __init__(self, batches: int = 200) -> None:
         self.batches = check_int('PopulationStatisticsHook', 'batches', batches, at_least=1)
 
+    def before_train(self, runner: Runner) -> None:
+        """Refuse other normalizers."""
+        for name, norm in active_norms(model_of(runner)).items():
+            if type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
+                raise RuntimeError(f'PopulationStatisticsHook is for BatchNorm alone, but {name!r} is {norm}')
+
     def after_train_epoch(self, runner: Runner) -> None:
         if not self.every_n_epochs(runner, runner.train_loop.val_interval) and not self.is_last_train_epoch(runner):
             return
         model = model_of(runner)
-        norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d) and module.training]
+        norms = list(active_norms(model).values())
         momenta = [norm.momentum for norm in norms]
         for norm in norms:
             norm.reset_running_stats()

@@ -1,11 +1,13 @@
 """Images of earlier iterations, run once more through a network that trains with CBN."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from ...layers.cbn import CBN
@@ -55,7 +57,8 @@ class Replay:
 
     They run with the RoIs of their own iteration. Each layer normalizes with its window of that iteration, moved as far
     as the statistics of the old batch have moved. So the input of the next layers differs from what it was then by the
-    change of the weights alone.
+    change of the weights alone. Layers whose convolution does not use its parameter as it is (mmcv's ``ConvWS2d``, a
+    transposed convolution) are not watched, nor those that became Naive CBN.
 
     Args:
         model: A detector, or another model with ``extract_feat``, in training.
@@ -65,7 +68,7 @@ class Replay:
         RuntimeError: There are no CBN layers of order 1 in training there.
 
     Attributes:
-        layers (dict[str, CBN]): Those watched, by name.
+        layers (dict[str, CBN]): Those of order 1, by name.
         convs (dict[str, nn.Conv2d]): What feeds them, from the first iteration kept on.
     """
 
@@ -87,6 +90,7 @@ class Replay:
         self._running: OldIteration | None = None
         self._last: str | None = None
         self._conv_call: Any = None  # the last convolution that ran, and its input
+        self._not_watched: set[str] = set()
         self._current: OldIteration | None = None
         for name, layer in self.layers.items():
             layer.register_step_hook(partial(self._keep, name))
@@ -116,9 +120,13 @@ class Replay:
         self._running, self._visit, self._last = old, visit, last
         convs = [module for module in self._model.modules() if isinstance(module, nn.Conv2d)]
         handles = [conv.register_forward_hook(self._note_conv, with_kwargs=True) for conv in convs]
-        for name, layer in self.layers.items():
+        for name in old.layers:
+            layer = self.layers[name]
             layer.eval()  # so that it remembers nothing of this; the hook replaces its output
             handles.append(layer.register_forward_hook(partial(self._replace_output, name)))
+        modules = {id(module): module for module in self._model.modules()}  # which are not copied
+        others = [module for module in modules.values() if isinstance(module, CBN) and module.training]
+        windows = {other: copy.deepcopy(other.windows, dict(modules)) for other in others}
         try:
             features = self._model.extract_feat(old.inputs)
             for kind, rois in old.rois.items():
@@ -131,9 +139,11 @@ class Replay:
             self._running = None
             for handle in handles:
                 handle.remove()
-            for layer in self.layers.values():
-                layer.train()
+            for name in old.layers:
+                self.layers[name].train()
             # Other normalizers on the way have counted the old images once more.
+            for other, its_windows in windows.items():
+                other.windows = its_windows
             for name, buffer in self._model.named_buffers():
                 buffer.copy_(buffers[name])
 
@@ -182,6 +192,12 @@ class Replay:
         if self._current is None or name in self._current.layers:
             return
         conv: Any = step.conv
+        if conv is None or conv.weight is not conv.module.weight:
+            if name not in self._not_watched:
+                what = 'has no convolution' if conv is None else f'follows a {type(conv.module).__name__}'
+                print_log(f'{name} is not looked at, because it {what}.', logger='current')
+                self._not_watched.add(name)
+            return
         seen = Seen(layer, conv, step.x, step.mean, conv.without_bias(step.mean), step.var)
         self._current.layers[name] = OldLayer(seen.mean, seen.var, step.window_mean, step.window_var)
         self.convs[name] = conv.module

@@ -2,12 +2,12 @@
 
 import gc
 import sys
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from mmengine.config import Config
+from mmengine.hub import get_config
 from mmengine.utils import ProgressBar
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
@@ -26,8 +26,7 @@ from .detectors import (
 from .layers import KINDS, SHAPES, time_layers
 from .storage import StorageCounter
 
-CONFIGS = Path(__file__).parents[3] / 'configs/cbn'
-SCOPES = {'heads': 'mask-rcnn_r50_fpn_cbn-head_1x_coco.py', 'all': 'mask-rcnn_r50_fpn_cbn-all_1x_coco.py'}
+SCOPES = {'heads': 'mask-rcnn_r50_fpn_cbn-head_1x_coco', 'all': 'mask-rcnn_r50_fpn_cbn-all_1x_coco'}
 KINDS_OF_CBN: dict[str, dict[str, Any] | None] = {  # arguments of CBN; None: BN
     'BN': None,
     'exact': {},
@@ -48,15 +47,18 @@ class Row(NamedTuple):
 
 
 def config_of(scope: str, kind: str) -> Config:
-    """Mask R-CNN R50 with CBN in the heads or throughout, its CBN changed to ``kind``, with the default gradient."""
-    config = Config.fromfile(CONFIGS / SCOPES[scope])
+    """Mask R-CNN R50 with CBN in the heads or throughout, its CBN changed to ``kind``.
+
+    The gradient is the default where the kind names none.
+    """
+    config = get_config(f'mmdet_cbn::cbn/{SCOPES[scope]}.py')
     arguments = KINDS_OF_CBN[kind]
     for node in dicts_in(config.model):
         if node.get('type') == 'CBN':
-            del node['gradient']
+            node.pop('gradient', None)
             if arguments is None:
                 node['type'] = 'BN'
-                del node['window_size']
+                node.pop('window_size', None)
             else:
                 node.update(arguments)
     return config
@@ -168,7 +170,7 @@ def window_rows(scope: str) -> list[Row]:
         detector = detector_of(scope, kind)
         detector.fill_window()
         layers = feeding_convolutions(detector)
-        held = [(cbn.windows.current.nbytes / 3, conv.weight.nbytes) for cbn, conv, _ in layers]
+        held = [(cbn.windows.current.nbytes / (cbn.window_size - 1), conv.weight.nbytes) for cbn, conv, _ in layers]
         windows, weights = map(sum, zip(*held, strict=True))
         worst = f'{max(window / weight for window, weight in held):.3f} in the worst layer'
         rows.append(at_most(f'{scope}, {kind}: window an old iteration / weights', most, windows / weights, worst))

@@ -64,7 +64,8 @@ class Entry(NamedTuple):
 def find_runs(places: Iterable[Path]) -> list[Run]:
     """Find all trainings with logs under the folders, and all that :func:`store_runs` wrote to the files.
 
-    A run that is found twice, as in a file and in its folder, counts once.
+    A run that is found twice, as in a file and in its folder, counts once: of the same row with the same settings and
+    seed.
 
     Raises:
         RuntimeError: A file is not what mmengine, tools/reproduce.py or :func:`store_runs` writes.
@@ -79,7 +80,7 @@ def find_runs(places: Iterable[Path]) -> list[Run]:
     trials: dict[Any, Run] = {}
     in_files = {run.work_dir for run in stored}
     for run in [*stored, *(read_run(work_dir) for work_dir in sorted(work_dirs))]:
-        trial: Any = run.name, run.work_dir.name
+        trial: Any = run.name, run.work_dir.name, json.dumps(run.settings, sort_keys=True)
         if run.name is None:
             trial = short if (short := _short(run.work_dir)) in in_files else run.work_dir
         if trial not in trials or run.metrics:
@@ -198,7 +199,10 @@ def _percent(line: Mapping[str, Any]) -> dict[str, float]:
 
 def settings_of(config: Config) -> dict[str, Any]:
     """The settings that influence the result, by dotted key."""
-    return dict(_flatten({key: config.get(key) for key in _DECISIVE}))
+    decisive = {key: config.get(key) for key in _DECISIVE}
+    if not (decisive['auto_scale_lr'] or {}).get('enable'):
+        del decisive['auto_scale_lr']
+    return dict(_flatten(decisive))
 
 
 def _flatten(value: Any, prefix: str = '') -> Iterable[tuple[str, Any]]:
