@@ -78,9 +78,9 @@ def test_convolutions_that_come_in_any_order_are_all_found(order):
 
 def test_a_call_without_a_window_does_not_shift_those_that_follow():
     """As in the iteration in which the convolution of a shared head was replaced."""
-    conv, norm = conv_and_norm(window_size=3)
+    first, norm = conv_and_norm(window_size=3)
     levels = (1, 10, 100)
-    for conv in (conv, nn.Conv2d(4, 4, 3, bias=False).double()):
+    for conv in (first, nn.Conv2d(4, 4, 3, bias=False).double()):
         means = []
         for x in batches(2):
             means.append(conv(x).mean(dim=(0, 2, 3)))

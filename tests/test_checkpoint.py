@@ -17,7 +17,7 @@ from mmengine.runner import CheckpointLoader, load_checkpoint, runner
 from torch import nn
 
 from mmdet_cbn.old_torch import IS_BEFORE_2_6
-from mmdet_cbn.openmmlab.patches import safe_runner
+from mmdet_cbn.openmmlab.monkey_patches import safe_runner
 
 
 class Evil:

@@ -21,7 +21,7 @@ from mmengine.registry import init_default_scope
 from torch import nn
 
 from mmdet_cbn import BRN, CBN
-from mmdet_cbn.experiments.paper.tables import TABLES
+from mmdet_cbn.experiments.paper.coco import COCO
 
 NORMS = {'BN': nn.BatchNorm2d, 'SyncBN': MODELS.get('SyncBN'), 'GN': nn.GroupNorm, 'BRN': BRN, 'CBN': CBN}
 FIXED = 'fixed BN'
@@ -118,7 +118,7 @@ def test_every_config_is_tested():
     assert {path.stem for path in (ROOT / 'configs' / 'cbn').glob('*.py')} == {f'{name}_1x_coco' for name in RECIPES}
 
 
-@pytest.mark.parametrize('table', TABLES, ids=lambda table: table.name)
+@pytest.mark.parametrize('table', COCO, ids=lambda table: table.name)
 def test_the_rows_of_the_tables_name_configs_with_what_their_labels_say(table):
     assert len({row.name for row in table.rows}) == len(table.rows)
     for row in table.rows:
@@ -136,7 +136,7 @@ def test_the_rows_of_the_tables_name_configs_with_what_their_labels_say(table):
             assert recipe[:3] == ('FasterRCNN', 50, FIXED)
 
 
-@pytest.mark.parametrize('row', TABLES[5].rows, ids=lambda row: row.name)
+@pytest.mark.parametrize('row', COCO[5].rows, ids=lambda row: row.name)
 def test_figure_3_varies_the_window_and_its_kind(row):
     method, k = row.labels
     config = load(f'cbn/{row.config}')
@@ -152,7 +152,7 @@ def test_figure_3_varies_the_window_and_its_kind(row):
         assert images == 4 * k
 
 
-@pytest.mark.parametrize('row', TABLES[6].rows, ids=lambda row: row.name)
+@pytest.mark.parametrize('row', COCO[6].rows, ids=lambda row: row.name)
 def test_figure_5_varies_the_burn_in(row):
     config = load(f'cbn/{row.config}')
     config.merge_from_dict(row.options_for(config))

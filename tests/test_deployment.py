@@ -21,7 +21,7 @@ from mmengine.structures import InstanceData
 from torch import nn
 
 from mmdet_cbn import CBN
-from mmdet_cbn.experiments.paper.classifier import MultiLabelClassifier
+from mmdet_cbn.experiments.analysis.classifier import MultiLabelClassifier
 from mmdet_cbn.openmmlab.publish import plain_config
 
 pytestmark = pytest.mark.slow

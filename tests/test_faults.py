@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten
 
 from mmdet_cbn import CBN
 from mmdet_cbn.openmmlab.checkpoints import find_latest_checkpoint
-from mmdet_cbn.openmmlab.patches import safe_runner
+from mmdet_cbn.openmmlab.monkey_patches import safe_runner
 
 PROCESSES = multiprocessing.get_context('forkserver')
 PROCESSES.set_forkserver_preload(['mmdet_cbn.experiments.data.varied'])  # and with it all that takes seconds to import

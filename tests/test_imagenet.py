@@ -23,7 +23,7 @@ from mmdet_cbn.experiments.paper.imagenet import (
     TABLE4,
     TABLE9,
 )
-from mmdet_cbn.experiments.paper.runs import recipe_of
+from mmdet_cbn.experiments.rows.runs import recipe_of
 from mmdet_cbn.experiments.study.classification import CLASSIFICATION, CLASSIFICATION_RATES
 from mmdet_cbn.window.ring import suggested_window_size
 

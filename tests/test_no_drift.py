@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mmdet_cbn import CBN
-from mmdet_cbn.experiments.analysis.no_drift import RunAgainHook
+from mmdet_cbn.experiments.study.no_drift import RunAgainHook
 
 
 class Detector(nn.Module):

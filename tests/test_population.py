@@ -8,7 +8,7 @@ from conftest import Net, runner_for
 from torch import nn
 
 from mmdet_cbn import CBN
-from mmdet_cbn.experiments.analysis.population import PopulationStatisticsHook
+from mmdet_cbn.experiments.study.population import PopulationStatisticsHook
 
 
 def train(tmp_path, *hooks):

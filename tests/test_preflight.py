@@ -21,7 +21,7 @@ from torch import nn
 from mmdet_cbn import CBN
 from mmdet_cbn.compensation import first_order
 from mmdet_cbn.experiments import preflight
-from mmdet_cbn.experiments.paper.tables import TABLE5
+from mmdet_cbn.experiments.paper.coco import TABLE5
 from mmdet_cbn.experiments.preflight import Machine, has_autocast, run_check
 
 CBN_HEAD = next(row for row in TABLE5.rows if row.name == 'cbn-head')

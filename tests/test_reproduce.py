@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from mmdet_cbn.experiments.paper import logs, runs
-from mmdet_cbn.experiments.paper.logs import Run, collect, find_runs, settings_of
-from mmdet_cbn.experiments.paper.report import markdown, plot_curves, plot_figure, write_report
-from mmdet_cbn.experiments.paper.runs import NOTHING_DETECTED, Setting, Trial, recipe_of, trials_of
-from mmdet_cbn.experiments.paper.tables import BOX, FIGURE3, FIGURE5, TABLE5, TABLES, Row
+from mmdet_cbn.experiments.paper.coco import COCO, FIGURE3, FIGURE5, TABLE5
+from mmdet_cbn.experiments.rows import logs, runs
+from mmdet_cbn.experiments.rows.logs import Run, collect, find_runs, settings_of
+from mmdet_cbn.experiments.rows.report import markdown, plot_curves, plot_figure, write_report
+from mmdet_cbn.experiments.rows.runs import NOTHING_DETECTED, Setting, Trial, recipe_of, trials_of
+from mmdet_cbn.experiments.rows.table import BOX, Row
 
 CONFIGS = ROOT / 'configs'
 TOOL = ROOT / 'tools' / 'reproduce.py'
@@ -111,10 +112,10 @@ def test_the_report_has_the_numbers_of_the_logs(killed_and_restarted, tmp_path):
         assert run.metrics == pytest.approx(run.curve[2]), 'the last epoch was evaluated twice'
         assert run.settings['GPUs'] == 1 and run.settings['model.backbone.depth'] == 18 and run.epochs == 2
 
-    written = write_report(list(runs.values()), tmp_path, CONFIGS, trials=5)
+    written = write_report(list(runs.values()), tmp_path, CONFIGS, 5, COCO)
     assert all(file.stat().st_size > 0 for file in written)
     names = {file.name for file in written}
-    tables = {table.name for table in TABLES if table.number != '8'}
+    tables = {table.name for table in COCO if table.number != '8'}
     assert names == {
         *(f'{name}.{kind}' for name in tables for kind in ('md', 'csv')),
         'table5-epochs.png',
@@ -226,7 +227,7 @@ def test_a_model_that_detects_nothing_has_an_ap_of_zero(shapes_root, tmp_path):
     assert run.nothing_detected and run.metrics == run.curve[1] == ZEROS
     shutil.rmtree(run.work_dir / 'test')
     assert find_runs([tmp_path / 'runs']) == [run], 'the last validation says the same'
-    write_report([run], tmp_path / 'report', CONFIGS, trials=1)
+    write_report([run], tmp_path / 'report', CONFIGS, 1, COCO)
     assert find_runs([tmp_path / 'report' / 'runs.json'])[0].nothing_detected
 
 
@@ -257,7 +258,7 @@ def test_the_report_says_that_nothing_was_detected(tmp_path):
     row = TABLE5.rows[0]
     runs = as_in_the_paper(row, [36.0, 0.0, 0.0])
     runs[2] = runs[2]._replace(nothing_detected=True)
-    write_report(runs, tmp_path, CONFIGS, trials=3)
+    write_report(runs, tmp_path, CONFIGS, 3, COCO)
     text = (tmp_path / 'table5.md').read_text()
     assert '| ours, 3 trials | 12.0 ± 20.8 |' in text
     assert 'Nothing was detected, which counts as AP 0: none (1 of 3 trials).' in text
@@ -402,7 +403,7 @@ def test_a_dry_run_prints_commands_for_every_row_and_runs_nothing(number, small,
     )
     assert code == 0 and not (tmp_path / 'runs').exists()
     commands = [line.split() for line in text.splitlines() if line[0] != '#']
-    rows = [row for table in TABLES if table.number == number for row in table.rows]
+    rows = [row for table in COCO if table.number == number for row in table.rows]
     if number == '8':
         ((program, tool, *arguments),) = commands
         assert (program, tool) == ('python', 'tools/benchmark.py')
@@ -456,7 +457,7 @@ def test_the_paper_and_the_study_have_folders_of_their_own(table, folder, monkey
 
 def test_a_run_that_two_rows_share_is_made_once(tmp_path):
     setting = Setting(ROOT, tmp_path)
-    trials = trials_of([row for table in TABLES if table.number in '56' for row in table.rows], 1, setting)
+    trials = trials_of([row for table in COCO if table.number in '56' for row in table.rows], 1, setting)
     assert len(trials) == len({trial.work_dir for trial in trials}) == 10 + 12 - 3
 
 

@@ -30,9 +30,10 @@ from torch import nn
 
 from mmdet_cbn.experiments.cost.detectors import make_inputs
 from mmdet_cbn.experiments.data.shapes import write_shapes
-from mmdet_cbn.experiments.paper.runs import Setting, Trial
-from mmdet_cbn.experiments.paper.tables import TABLES, Row, Table
+from mmdet_cbn.experiments.paper.coco import COCO
 from mmdet_cbn.experiments.preflight import weights_file, weights_url
+from mmdet_cbn.experiments.rows.runs import Setting, Trial
+from mmdet_cbn.experiments.rows.table import Row, Table
 
 pytestmark = pytest.mark.rows
 
@@ -45,7 +46,7 @@ ROWS = {
     ('7', 'epoch-8'): ('train_cfg.max_epochs=2', 'custom_hooks.0.epoch=1'),
 }
 TABLE_AND_ROW = {
-    (table.number, row.name): (table, row) for table in TABLES for row in table.rows if (table.number, row.name) in ROWS
+    (table.number, row.name): (table, row) for table in COCO for row in table.rows if (table.number, row.name) in ROWS
 }
 OTHERS = sorted(
     {file.stem for file in (ROOT / 'configs' / 'cbn').glob('*.py')} - {row.config for _, row in TABLE_AND_ROW.values()}

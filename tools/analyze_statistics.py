@@ -80,7 +80,7 @@ def train(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if not fidelity.errors:
         parser.error(
             f'--every {args.every} and --max-tau {args.max_tau} allow no comparison after burn-in in a training of '
-            f'{runner.iter + 1} iterations'
+            f'{min(args.iters or runner.max_iters, runner.max_iters)} iterations'
         )
     write_results(fidelity.errors, gradients.ratios, args.out)
 

@@ -21,7 +21,7 @@ from rich.text import Text
 warnings.filterwarnings('ignore', 'pkg_resources is deprecated')  # mmengine's, for each config that it reads
 
 try:
-    from mmdet_cbn.experiments.paper.tables import TABLES
+    from mmdet_cbn.experiments.paper.coco import COCO
     from mmdet_cbn.experiments.preflight import CHECKS, Machine, run_check
 except ImportError as error:
     sys.exit(f'NOT OK: {error}')
@@ -31,7 +31,7 @@ COLORS = {'ok': 'green', 'NOT OK': 'bold red', 'not applicable here': 'yellow'}
 
 
 def main() -> None:
-    rows = {row.name: row for table in TABLES for row in table.rows}
+    rows = {row.name: row for table in COCO for row in table.rows}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     row_help = 'the row to train, as tools/reproduce.py --dry-run names it (default: %(default)s)'
     parser.add_argument('--row', default='cbn-head', choices=rows, metavar='ROW', help=row_help)

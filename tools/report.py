@@ -13,19 +13,17 @@ from pathlib import Path
 
 from mmengine.logging import MMLogger
 
-from mmdet_cbn.experiments.paper.imagenet import IMAGENET
-from mmdet_cbn.experiments.paper.logs import collect, find_runs
-from mmdet_cbn.experiments.paper.report import markdown, overview, write_report
-from mmdet_cbn.experiments.paper.tables import TABLES
-from mmdet_cbn.experiments.study import STUDY
+from mmdet_cbn.experiments.paper.coco import COCO
+from mmdet_cbn.experiments.rows.logs import collect, find_runs
+from mmdet_cbn.experiments.rows.report import markdown, overview, write_report
+from mmdet_cbn.experiments.tables import TABLES
 
-ALL = (*TABLES, *IMAGENET, *STUDY)
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    numbers = [*dict.fromkeys(table.number for table in ALL), 'study']
+    numbers = [*dict.fromkeys(table.number for table in TABLES), 'study']
     parser.add_argument('work_dirs', nargs='*', type=Path, metavar='WORK_DIRS')
     table_help = "tables or figures (default: the paper's on COCO); study for all of our own study"
     parser.add_argument('--table', nargs='+', choices=numbers, help=table_help)
@@ -44,9 +42,9 @@ def main() -> None:
         parser.error(str(error))
     if args.work_dirs and not runs:
         parser.error(f'no logs of a training under {", ".join(map(str, args.work_dirs))}')
-    tables = [table for table in ALL if table.is_in(args.table)] if args.table else TABLES
+    tables = [table for table in TABLES if table.is_in(args.table)] if args.table else list(COCO)
     if args.readme:
-        text = args.readme.read_text()
+        text = args.readme.read_text(encoding='utf-8')
         for table in tables:
             if f'<!-- {table.name} -->' not in text:
                 continue
@@ -55,7 +53,7 @@ def main() -> None:
             new = overview(table, entries, trials) if table.is_ours else markdown(table, entries, trials, links='')
             mark = re.compile(rf'(<!-- {table.name} -->\n).*?(<!-- end -->)', re.DOTALL)
             text = mark.sub(lambda found, new=new: f'{found[1]}{new}{found[2]}', text)
-        args.readme.write_text(text)
+        args.readme.write_text(text, encoding='utf-8')
         return
     for file in write_report(runs, args.out, CONFIGS, args.trials, tables):
         print(file)

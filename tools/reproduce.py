@@ -16,13 +16,10 @@ from pathlib import Path
 
 from mmengine.logging import MMLogger
 
-from mmdet_cbn.experiments.paper.imagenet import IMAGENET
-from mmdet_cbn.experiments.paper.runs import Setting, describe, run, trials_of
-from mmdet_cbn.experiments.paper.tables import TABLES as PAPER
-from mmdet_cbn.experiments.paper.tables import Table
-from mmdet_cbn.experiments.study import STUDY
+from mmdet_cbn.experiments.rows.runs import Setting, describe, run, trials_of
+from mmdet_cbn.experiments.rows.table import Table
+from mmdet_cbn.experiments.tables import TABLES
 
-TABLES = (*PAPER, *IMAGENET, *STUDY)
 # The twins of configs/small, and how the configs begin whose twins they are.
 TWINS = {'shapes': 'cbn/', 'facemask': 'cbn/faster-rcnn', 'coco128': 'cbn/', 'imagenette': 'imagenet/resnet18'}
 ROOT = Path(__file__).resolve().parents[1]

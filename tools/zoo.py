@@ -31,7 +31,7 @@ def main() -> None:
         rows = survey(args.package, args.out / f'{args.package}.json', args.families, args.images, args.size)
     except ValueError as error:
         parser.error(str(error))
-    (args.out / f'{args.package}.md').write_text(to_markdown(rows))
+    (args.out / f'{args.package}.md').write_text(to_markdown(rows), encoding='utf-8')
 
 
 if __name__ == '__main__':

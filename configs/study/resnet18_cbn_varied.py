@@ -3,7 +3,7 @@ model.in_channels=2048 it is a ResNet-50."""
 
 _base_ = ['../_base_/varied.py', '../_base_/cbn.py']
 
-custom_imports = dict(imports=['mmdet_cbn', 'mmdet_cbn.experiments.paper.classifier'], allow_failed_imports=False)
+custom_imports = dict(imports=['mmdet_cbn', 'mmdet_cbn.experiments.analysis.classifier'], allow_failed_imports=False)
 model = dict(
     _delete_=True,
     type='MultiLabelClassifier',

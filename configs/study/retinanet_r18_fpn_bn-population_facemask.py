@@ -1,4 +1,4 @@
 _base_ = './retinanet_r18_fpn_bn_facemask.py'
 
-custom_imports = dict(imports=['mmdet_cbn', 'mmdet_cbn.experiments.analysis.population'], allow_failed_imports=False)
+custom_imports = dict(imports=['mmdet_cbn', 'mmdet_cbn.experiments.study.population'], allow_failed_imports=False)
 custom_hooks = [dict(type='PopulationStatisticsHook')]

@@ -38,11 +38,6 @@ class Compensation(ABC):
     Statistics: type[Any]
     needs_conv = True
 
-    @classmethod
-    @abstractmethod
-    def of(cls, order: int, samples: int | None) -> 'Compensation | None':
-        """This kind for a layer with these arguments; None if they ask for another kind."""
-
     @abstractmethod
     def keep(self, x: Tensor, mean: Tensor, var: Tensor, conv: ConvCall | None) -> NamedTuple:
         """What the window keeps of the current iteration.

@@ -24,7 +24,7 @@ from .patches import dot_mean_grad, mean_patch
 
 
 class CompensatedStatistics(NamedTuple):
-    """What the window keeps of one iteration tau (stacked: with a leading axis of n)."""
+    """What the window keeps of one iteration tau, to be compensated later (stacked: with a leading axis of n)."""
 
     mean: Tensor  #: mu_tau, [C_out]
     var: Tensor  #: var_tau, [C_out]
@@ -38,10 +38,6 @@ class FirstOrder(Compensation):
     """Moves the statistics of earlier iterations along their gradients in theta."""
 
     Statistics = CompensatedStatistics
-
-    @classmethod
-    def of(cls, order: int, samples: int | None) -> 'FirstOrder | None':
-        return cls() if order == 1 and samples is None else None
 
     def keep(self, x: Tensor, mean: Tensor, var: Tensor, conv: ConvCall | None) -> CompensatedStatistics:
         assert conv is not None

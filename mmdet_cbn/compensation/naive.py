@@ -21,10 +21,6 @@ class Naive(Compensation):
     Statistics = NaiveStatistics
     needs_conv = False
 
-    @classmethod
-    def of(cls, order: int, samples: int | None) -> 'Naive | None':
-        return cls() if order == 0 else None
-
     def keep(self, x: Tensor, mean: Tensor, var: Tensor, conv: ConvCall | None) -> NaiveStatistics:
         return NaiveStatistics(mean, var)
 

@@ -54,10 +54,6 @@ class Sampled(Compensation):
         state = torch.get_rng_state()
         self.draws = zlib.crc32(ctypes.string_at(state.data_ptr(), state.nbytes)) << 31
 
-    @classmethod
-    def of(cls, order: int, samples: int | None) -> 'Sampled | None':
-        return cls(samples) if order == 1 and samples is not None else None
-
     def keep(self, x: Tensor, mean: Tensor, var: Tensor, conv: ConvCall | None) -> SampledStatistics:
         assert conv is not None
         start = random.Random(self.draws).random()

@@ -32,10 +32,6 @@ class SecondOrder(Compensation):
 
     Statistics = SecondOrderStatistics
 
-    @classmethod
-    def of(cls, order: int, samples: int | None) -> 'SecondOrder | None':
-        return cls() if order == 2 else None
-
     def keep(self, x: Tensor, mean: Tensor, var: Tensor, conv: ConvCall | None) -> SecondOrderStatistics:
         assert conv is not None
         return SecondOrderStatistics(conv.without_bias(mean), var, *second_order_gradients(x, mean, conv))

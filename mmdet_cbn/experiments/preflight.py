@@ -42,8 +42,9 @@ from ..openmmlab.tools import leave_process_group
 from .cost.detectors import Detector, Settings, make_inputs, time_in_alternation
 from .cost.storage import StorageCounter
 from .oracle import deviation, loss_of
-from .paper.runs import load, recipe_of
-from .paper.tables import TABLES, Row
+from .paper.coco import COCO
+from .rows.runs import load, recipe_of
+from .rows.table import Row
 
 IMAGES = {'train': 118287, 'val': 5000}  # of COCO 2017
 TRAINED_IMAGES = 117266  # of the train split: mmdet leaves out images without objects
@@ -102,7 +103,7 @@ class Machine:
     @property
     def all_configs(self) -> list[Config]:
         """Of every training run that tools/reproduce.py makes for the paper's tables and figures."""
-        runs = {row.run: row for table in TABLES if table.number != '8' for row in table.rows}
+        runs = {row.run: row for table in COCO if table.number != '8' for row in table.rows}
         return [load(row, self.configs) for row in runs.values()]
 
 

@@ -30,7 +30,8 @@ class BRN(nn.BatchNorm2d):
 
     No gradient goes through r and d. The limits start at r_max = 1 and d_max = 0, which is BatchNorm, and grow
     linearly. ``num_batches_tracked`` counts the steps, so a resumed run goes on where it was. A counter from a
-    checkpoint of BatchNorm counts in the same way.
+    checkpoint of BatchNorm counts in the same way. A step is a training forward of the layer: in a head that levels of
+    an FPN share, there are several in an iteration.
 
     A channel with inf or NaN in a batch keeps its running statistics. For activation checkpointing, the layer keeps r
     and d of each call in an iteration.

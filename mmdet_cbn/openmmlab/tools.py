@@ -16,7 +16,7 @@ from mmengine.runner import runner
 from torch import distributed
 
 from ..errors import errors_name_file
-from .patches import safe_runner
+from .monkey_patches import safe_runner
 
 
 def find_tool(name: str) -> Path:
@@ -90,8 +90,8 @@ def distributed_on_cpu() -> Iterator[None]:
 def run_tool(name: str) -> None:
     """Run the tool ``name`` of mmdet with the arguments of this process, its own help included.
 
-    The tool runs with the changes of :data:`patches.IN_TOOLS` and :func:`name_annotations`. On a machine without a
-    GPU, several processes can train.
+    The tool runs with the changes of :data:`monkey_patches.IN_TOOLS` and :func:`name_annotations`. On a machine without
+    a GPU, several processes can train.
 
     Raises:
         FileNotFoundError: As :func:`find_tool`; and whatever the tool raises.

@@ -1,1 +1,1 @@
-"""How well compensation predicts the statistics that old images have under the current weights."""
+"""What happens in a training: errors of the compensated statistics, gradients of earlier layers, growth of weights."""

@@ -43,7 +43,7 @@ class _Kept(NamedTuple):
     """An old iteration, with what CBN would keep of it."""
 
     iteration: OldIteration
-    exact: dict[str, CompensatedStatistics]
+    first_order: dict[str, CompensatedStatistics]
     sampled: dict[str, dict[int, SampledStatistics]]  # by the number of samples
 
 
@@ -96,13 +96,13 @@ class StatisticsFidelityHook(Hook):
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         """Begin to keep what will be compared later."""
-        self._exact: dict[str, CompensatedStatistics] = {}
+        self._first_order: dict[str, CompensatedStatistics] = {}
         self._sampled: dict[str, dict[int, SampledStatistics]] = {}
         self._replay.begin_iteration(-(runner.iter + 1) % self.every < self.max_tau)
 
     def _note(self, name: str, seen: Seen) -> None:
         _, conv, x, batch_mean, mean, var = seen
-        self._exact[name] = CompensatedStatistics(mean, var, *statistics_gradients(x, batch_mean, conv))
+        self._first_order[name] = CompensatedStatistics(mean, var, *statistics_gradients(x, batch_mean, conv))
         self._sampled[name] = {
             n: sampled_statistics(x, mean, var, conv, n, self._random.random()) for n in self.samples
         }
@@ -113,7 +113,7 @@ class StatisticsFidelityHook(Hook):
         """Keep this iteration, and compare if it is time."""
         iteration = self._replay.end_iteration(data_batch)
         if iteration is not None:
-            self._past.appendleft(_Kept(iteration, self._exact, self._sampled))
+            self._past.appendleft(_Kept(iteration, self._first_order, self._sampled))
         if (runner.iter + 1) % self.every == 0:
             if len(self._past) == self.max_tau:  # fewer where burn-in has just ended
                 self._compare(runner.iter + 1)
@@ -138,7 +138,7 @@ class StatisticsFidelityHook(Hook):
 
     def _predictions(self, old: _Kept, other: _Kept | None) -> '_Predictions':
         found: _Predictions = {}
-        for name, exact in old.exact.items():
+        for name, exact in old.first_order.items():
             conv = self._replay.convs[name]
             of_layer = found[name] = {
                 'none (Naive CBN)': (exact.mean, exact.var),
@@ -148,7 +148,7 @@ class StatisticsFidelityHook(Hook):
                 of_layer[f'{n} samples'] = compensate_samples(_stacked(sampled), conv.weight, conv.groups)[:2]
         self._add_exact(found, old.iteration)
         if other is not None:
-            for name, exact in other.exact.items():
+            for name, exact in other.first_order.items():
                 if name in found:
                     found[name][NOISE] = exact.mean, exact.var
         return found

@@ -170,7 +170,9 @@ def window_rows(scope: str) -> list[Row]:
         detector = detector_of(scope, kind)
         detector.fill_window()
         layers = feeding_convolutions(detector)
-        held = [(cbn.windows.current.nbytes / (cbn.window_size - 1), conv.weight.nbytes) for cbn, conv, _ in layers]
+        held = [
+            (cbn.windows.current.nbytes / cbn.windows.current.capacity, conv.weight.nbytes) for cbn, conv, _ in layers
+        ]
         windows, weights = map(sum, zip(*held, strict=True))
         worst = f'{max(window / weight for window, weight in held):.3f} in the worst layer'
         rows.append(at_most(f'{scope}, {kind}: window an old iteration / weights', most, windows / weights, worst))

@@ -1,1 +1,1 @@
-"""The rows of the paper and of our study: what is trained, how it runs, and how it is reported."""
+"""The paper's results as data, and the checkpoints that its authors released."""

@@ -5,7 +5,7 @@ Each row names the config of configs/imagenet that makes it.
 
 from typing import Any
 
-from .tables import Row, Table
+from ..rows.table import Row, Table
 
 METRICS = ('top1',)  # accuracy
 BATCH_SIZES = (32, 16, 8, 4, 2, 1)  # of Table 3

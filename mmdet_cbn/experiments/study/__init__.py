@@ -1,4 +1,4 @@
-"""Our own studies as data: tables like the paper's, of trainings for two CPU cores."""
+"""Our own studies as data: tables like the paper's, of trainings for two CPU cores; and hooks that only they need."""
 
 from .classification import CLASSIFICATION, CLASSIFICATION_RATES
 from .fine_tuning import FINE_TUNING, FINE_TUNING_RATES

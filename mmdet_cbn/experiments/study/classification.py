@@ -4,7 +4,7 @@ It has half of the twins' 8 epochs, and no rows with 1 image a step, for the tim
 """
 
 from ..paper.imagenet import METRICS, imagenet_row
-from ..paper.tables import Row, Table
+from ..rows.table import Row, Table
 from .methods import METHODS, words_of
 
 _SHORT = {'train_cfg.max_epochs': 4, 'param_scheduler.T_max': 4}

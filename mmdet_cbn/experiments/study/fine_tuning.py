@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ...window.ring import suggested_window_size
-from ..paper.tables import BOX, Row, Table
+from ..rows.table import BOX, Row, Table
 from .methods import METHODS, words_of
 
 _OF_CONFIG = 4  # images per step

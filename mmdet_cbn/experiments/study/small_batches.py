@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from ...layers.gradient import Gradient
 from ...window.ring import suggested_window_size
-from ..paper.tables import BOX, Row, Table
+from ..rows.table import BOX, Row, Table
 
 METRICS = BOX[:5]  # there are few large objects
 

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ..markdown import table as markdown_table
 from .logs import Entry, Run, collect, store_runs
-from .tables import TABLES, Row, Table
+from .table import Row, Table
 
 
 def summarize(runs: list[Run], metric: str) -> tuple[float, float | None] | None:
@@ -291,9 +291,7 @@ def plot_figure(table: Table, entries: Mapping[str, list[Entry]]) -> Figure | No
     return figure
 
 
-def write_report(
-    runs: list[Run], out: Path, configs: Path, trials: int, tables: Iterable[Table] = TABLES
-) -> list[Path]:
+def write_report(runs: list[Run], out: Path, configs: Path, trials: int, tables: Iterable[Table]) -> list[Path]:
     """Write Markdown, CSV and plots of the tables, and the runs. Table 8 is left to tools/benchmark.py.
 
     Args:
@@ -315,7 +313,7 @@ def write_report(
         if table.number == '8':
             continue
         entries = collect(table, runs, configs)
-        (out / f'{table.name}.md').write_text(markdown(table, entries, trials))
+        (out / f'{table.name}.md').write_text(markdown(table, entries, trials), encoding='utf-8')
         write_csv(out / f'{table.name}.csv', table, entries)
         written += [out / f'{table.name}.md', out / f'{table.name}.csv']
         figures = {

@@ -18,7 +18,7 @@ from unittest import mock
 from mmengine.config import Config
 
 from ...openmmlab.checkpoints import find_latest_checkpoint, whole_file
-from .tables import Row
+from .table import Row
 
 SETTINGS = 'settings.json'  # in the folder of a trial
 # What mmdet's CocoMetric logs where the model detected nothing at all. It gives no metrics then.

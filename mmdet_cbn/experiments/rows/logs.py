@@ -11,7 +11,7 @@ from mmengine.config import Config
 
 from ...errors import errors_name_file
 from .runs import NOTHING_DETECTED, SETTINGS, evaluations, recipe_of
-from .tables import BOX, Row, Table
+from .table import BOX, Row, Table
 
 # What decides on a result. Where the data lie and how they are loaded does not.
 _DECISIVE = (

@@ -1,4 +1,7 @@
-"""All that is changed in mmengine, with the reasons."""
+"""What importing this package changes in mmengine, and what the tools change for checkpoints, with the reasons.
+
+tools.py has what train.py and test.py change besides.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
