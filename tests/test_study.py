@@ -31,7 +31,7 @@ from mmdet_cbn.experiments.study.small_batches import (
     SGD,
     WINDOW,
 )
-from mmdet_cbn.window.ring import suggested_window_size
+from mmdet_cbn.window.size import suggested_window_size
 
 CONFIGS = ROOT / 'configs'
 METHODS = ['BN', 'GN', 'BRN', 'Naive CBN', 'CBN, gradient batch', 'CBN, 64 samples, gradient batch']

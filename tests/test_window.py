@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmdet_cbn.window.ring import Window, suggested_window_size
+from mmdet_cbn.window.ring import Window
+from mmdet_cbn.window.size import suggested_window_size
 
 
 class Pair(NamedTuple):

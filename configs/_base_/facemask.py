@@ -21,6 +21,7 @@ val_evaluator = dict(ann_file=_base_.facemask_val_annotations)
 test_evaluator = val_evaluator
 
 epochs = 32
+burn_in = epochs // 4  # of CBN, as in the paper
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=epochs, val_interval=8)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, begin=0, end=2, convert_to_iter_based=True),

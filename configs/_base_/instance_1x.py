@@ -1,4 +1,4 @@
-"""The same with masks."""
+"""detection_1x.py with masks."""
 
 _base_ = './detection_1x.py'
 

@@ -19,6 +19,7 @@ val_evaluator = dict(ann_file=varied_root + '/annotations/instances_val2017.json
 test_evaluator = val_evaluator
 
 epochs = 8
+burn_in = epochs // 4  # of CBN, as in the paper
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=epochs, val_interval=2)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, begin=0, end=1, convert_to_iter_based=True),

@@ -1,4 +1,4 @@
-"""Pretrains a backbone for configs/small/r18_facemask.py: the twin of configs/small/r18_imagenette.py, for longer.
+"""Pretrains the backbone of configs/small/r18_pretrained.py: configs/small/r18_imagenette.py, for longer.
 
 CBN_ROW=resnet18_gn_4xb32_in1k python tools/train.py configs/pretrain/r18_imagenette.py   # without CBN_ROW: BN
 """

@@ -1,5 +1,6 @@
-"""The same on 128 images of COCO's train split, under data/coco128 or $COCO128_ROOT: 96 to train, 32 to evaluate.
+"""r18_pretrained.py on 128 images of COCO's train split, data/coco128 or $COCO128_ROOT: 96 to train, 32 to evaluate.
 
+python tools/train.py configs/pretrain/r18_imagenette.py
 CBN_ROW=mask-rcnn_r50_fpn_gn-head_1x_coco python tools/train.py configs/small/r18_coco128.py
 """
 

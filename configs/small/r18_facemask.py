@@ -1,5 +1,6 @@
-"""The same for the rows of Faster R-CNN on photographs of faces.
+"""r18_pretrained.py on photographs of faces, for the rows of Faster R-CNN.
 
+python tools/train.py configs/pretrain/r18_imagenette.py
 CBN_ROW=faster-rcnn_r50_fpn_gn-head_1x_coco python tools/train.py configs/small/r18_facemask.py
 """
 

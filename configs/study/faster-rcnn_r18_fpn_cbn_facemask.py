@@ -6,4 +6,4 @@ model = dict(
     neck=dict(norm_cfg=norm_cfg),
     roi_head=dict(bbox_head=dict(norm_cfg=norm_cfg)),
 )
-custom_hooks = [dict(_base_.custom_hooks[0], burn_in_epochs=8)]
+custom_hooks = [dict(_base_.custom_hooks[0], burn_in_epochs=_base_.burn_in)]

@@ -5,7 +5,7 @@ _base_ = 'mmdet::yolox/yolox_tiny_8xb8-300e_coco.py'
 custom_imports = dict(imports=['mmdet_cbn'], allow_failed_imports=False)
 norm_cfg = dict(type='CBN', window_size='auto')  # momentum and eps are those of the BN that it replaces
 model = dict(backbone=dict(norm_cfg=norm_cfg), neck=dict(norm_cfg=norm_cfg), bbox_head=dict(norm_cfg=norm_cfg))
-custom_hooks = [*_base_.custom_hooks, dict(type='CBNBurnInHook', burn_in_epochs=75)]  # a quarter of the training
+custom_hooks = [*_base_.custom_hooks, dict(type='CBNBurnInHook', burn_in_epochs=_base_.max_epochs // 4)]
 
 # The learning rate is proportional to the images of a step.
 base_lr = _base_.base_lr * 4 / 64

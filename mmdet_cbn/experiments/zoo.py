@@ -10,7 +10,7 @@ import inspect
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from torch import nn
 from ..layers.cbn import CBN
 from ..layers.conversion import active_norms
 from . import markdown
+from .configs import dicts_in
 
 WINDOW_SIZE = 2
 STEPS = 3
@@ -60,7 +61,7 @@ def _detection_data(config: Config, images: int, size: int) -> Any:
         (3, size, size),
         [3] * images,
         sem_seg_output_strides=stride,
-        with_mask=any(part.get('with_mask') for part in _dicts(config.train_dataloader)),
+        with_mask=any(part.get('with_mask') for part in dicts_in(config.train_dataloader)),
         with_semantic=True,
     )
     classes = min(_values(config.model, 'num_classes'), default=80)
@@ -189,7 +190,7 @@ def _try_config(family: str, name: str, config: Config, data: Any) -> Row:
         arguments = dict(window_size=WINDOW_SIZE, unsupported='naive', **arguments)
         try:
             model, how = with_cbn(config.model, arguments)
-            layers = {key: norm for key, norm in active_norms(model).items() if isinstance(norm, CBN)}
+            layers = active_norms(model, CBN)
             row = row._replace(how=how, layers=len(layers))
             _train(model, data)
             row = row._replace(naive=Counter(layer.naive_because for layer in layers.values() if layer.naive_because))
@@ -212,7 +213,7 @@ def with_cbn(model: Any, arguments: dict[str, Any]) -> tuple[nn.Module, str]:
         The model, and which of the two was needed.
     """
     model = copy.deepcopy(model)
-    for part in _dicts(model):
+    for part in dicts_in(model):
         for key, value in part.items():
             if 'norm_cfg' in key and isinstance(value, dict) and value.get('type') == 'BN':
                 part[key] = {**value, **arguments, 'type': 'CBN'}
@@ -230,7 +231,7 @@ def simplify(model: Any) -> None:
     Without files of weights, which would be downloaded; without SyncBN, which needs several GPUs; and without
     augmentation of the batch, which makes images of another size.
     """
-    for part in _dicts(model):
+    for part in dicts_in(model):
         for key, value in part.items():
             if key == 'batch_augments' or (key in ('init_cfg', 'pretrained') and _names_a_file(value)):
                 part[key] = None
@@ -275,16 +276,8 @@ def _train(model: Any, data: Any) -> None:
         optimizer.step()
 
 
-def _dicts(config: Any) -> Iterator[dict[str, Any]]:
-    """All dicts in a config, from outside to inside."""
-    if isinstance(config, dict):
-        yield config
-    for value in config.values() if isinstance(config, dict) else config if isinstance(config, list | tuple) else ():
-        yield from _dicts(value)
-
-
 def _values(config: Any, name: str) -> list[int]:
-    return [part[name] for part in _dicts(config) if isinstance(part.get(name), int)]
+    return [part[name] for part in dicts_in(config) if isinstance(part.get(name), int)]
 
 
 def _shortened(error: Exception) -> str:

@@ -14,7 +14,7 @@ from ..arguments import check_bool, check_int, shown
 from ..layers.cbn import CBN
 from ..layers.conversion import active_norms
 from ..window import file as window_file
-from ..window.ring import suggested_window_size
+from ..window.size import suggested_window_size
 from .model import model_of
 from .switch_norm import SwitchNormHook
 
@@ -115,7 +115,7 @@ class CBNBurnInHook(Hook):
         self._iterations, self._begins = runner.iter, True
         model = model_of(runner)
         switches = any(isinstance(hook, SwitchNormHook) and hook.makes(CBN) for hook in runner.hooks)
-        if not switches and not _active_layers(model):
+        if not switches and not active_norms(model, CBN):
             found = [module for module in model.modules() if isinstance(module, CBN)]
             raise RuntimeError(f'CBNBurnInHook: {_why_there_is_none(found, model, runner.cfg)}')
         self._find_layers(runner)
@@ -123,7 +123,7 @@ class CBNBurnInHook(Hook):
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         """Put every layer into or out of burn-in, and into the next iteration."""
         # SwitchNormHook makes layers as an epoch begins, before or after the hooks of this one are called.
-        if (batch_idx == 0 or self._begins) and _active_layers(model_of(runner)) != self._layers:
+        if (batch_idx == 0 or self._begins) and active_norms(model_of(runner), CBN) != self._layers:
             self._find_layers(runner)
         if self._begins and self._resumed_from is not None:
             self._load_window(runner, window_file.path_of(self._resumed_from, get_rank()))
@@ -152,7 +152,7 @@ class CBNBurnInHook(Hook):
     def _find_layers(self, runner: Runner) -> None:
         """Make the CBN layers of this epoch ready, and say what will happen to them."""
         model = model_of(runner)
-        self._layers = _active_layers(model)
+        self._layers = active_norms(model, CBN)
         self._bad_batches = {name: norm.bad_batches for name, norm in self._layers.items()}
         found = [module for module in model.modules() if isinstance(module, CBN)]
         for layer in found:
@@ -212,10 +212,6 @@ class CBNBurnInHook(Hook):
                 f'CBN: the burn-in of {self.length} {unit}s is as long as the training of {total}: '
                 'this run trains with BN.'
             )
-
-
-def _active_layers(model: nn.Module) -> dict[str, CBN]:
-    return {name: norm for name, norm in active_norms(model).items() if isinstance(norm, CBN)}
 
 
 def _images_per_gpu(dataloader: Any) -> int:

@@ -1,7 +1,7 @@
 """Turning the normalizers of a built model into others, in place."""
 
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -9,8 +9,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 Norm = TypeVar('Norm', bound=_BatchNorm)
 
 
-def active_norms(model: nn.Module) -> dict[str, _BatchNorm]:
-    """The batch normalizers of ``model`` that use statistics of the batch in a training step, by name.
+def active_norms(model: nn.Module, kind: type[Any] = _BatchNorm) -> dict[str, Any]:
+    """The batch normalizers of ``model``, of a ``kind``, that use statistics of the batch in a training step, by name.
 
     This leaves out those that ``model.train()`` itself puts into evaluation (mmdet's ``norm_eval`` and
     ``frozen_stages``), and those that are in evaluation while the model is in training. The modes of all modules stay
@@ -21,7 +21,7 @@ def active_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     active = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and module.training and (modes[module] or not modes[model])
+        if isinstance(module, kind) and module.training and (modes[module] or not modes[model])
     }
     for module, mode in modes.items():
         if next(module.children(), None) is None:

@@ -1,6 +1,5 @@
 """The window: the statistics of the last k - 1 iterations, in a ring of preallocated tensors."""
 
-from math import ceil
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -113,8 +112,3 @@ class Window(Generic[Statistics]):
             ring.shape[1:] == tensor.shape and ring.dtype == tensor.dtype and ring.device == tensor.device
             for ring, tensor in zip(self._ring, statistics, strict=True)
         )
-
-
-def suggested_window_size(images_per_gpu: int) -> int:
-    """The paper's k = min(ceil(16 / images per GPU), 8) (section 4.3): 16 images, but at most 8 iterations."""
-    return min(ceil(16 / images_per_gpu), 8)

@@ -77,8 +77,8 @@ class Replay:
         self._note = note
         self.layers = {
             name: norm
-            for name, norm in active_norms(model).items()
-            if isinstance(norm, CBN) and norm.order == 1 and name.split('.')[0] in _PARTS
+            for name, norm in active_norms(model, CBN).items()
+            if norm.order == 1 and name.split('.')[0] in _PARTS
         }
         if not self.layers:
             raise RuntimeError(
@@ -124,9 +124,9 @@ class Replay:
             layer = self.layers[name]
             layer.eval()  # so that it remembers nothing of this; the hook replaces its output
             handles.append(layer.register_forward_hook(partial(self._replace_output, name)))
-        modules = {id(module): module for module in self._model.modules()}  # which are not copied
-        others = [module for module in modules.values() if isinstance(module, CBN) and module.training]
-        windows = {other: copy.deepcopy(other.windows, dict(modules)) for other in others}
+        not_copied = {id(module): module for module in self._model.modules()}
+        others = active_norms(self._model, CBN).values()
+        windows = {other: copy.deepcopy(other.windows, dict(not_copied)) for other in others}
         try:
             features = self._model.extract_feat(old.inputs)
             for kind, rois in old.rois.items():

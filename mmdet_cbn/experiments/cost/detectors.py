@@ -6,7 +6,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,7 +31,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ...arguments import check_int
 from ...layers.cbn import CBN
-from ...window.ring import suggested_window_size
+from ...window.size import suggested_window_size
+from ..configs import dicts_in
 from ..markdown import table
 from .storage import StorageCounter
 
@@ -132,14 +133,6 @@ def _one_class_each(head: BBoxHead, _: Any, output: tuple[Tensor, Tensor]) -> tu
     scores, boxes = output  # [RoIs, classes + 1], the background last
     classes = torch.arange(len(scores), device=scores.device) % (scores.size(1) - 1)
     return 10 * nn.functional.one_hot(classes, scores.size(1)).to(scores.dtype), boxes
-
-
-def dicts_in(node: Any) -> Iterator[dict]:
-    """All dicts in a part of a config."""
-    if isinstance(node, dict):
-        yield node
-    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list | tuple) else ():
-        yield from dicts_in(child)
 
 
 def make_inputs(batch_size: int, size: tuple[int, int], num_classes: int) -> dict[str, Any]:

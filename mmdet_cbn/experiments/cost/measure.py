@@ -13,12 +13,12 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from ...layers.cbn import CBN
+from ..configs import dicts_in
 from ..markdown import table
 from .detectors import (
     Detector,
     Settings,
     benchmark,
-    dicts_in,
     make_inputs,
     quartiles,
     time_in_alternation,

@@ -1,7 +1,6 @@
 """A data set of drawn shapes in COCO format, for running the whole path with nothing downloaded."""
 
 import json
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +8,12 @@ import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from .coco_tree import Progress, annotation_files
+
 DESCRIPTION = 'Drawn shapes by mmdet_cbn'
 CLASSES = ('circle', 'square', 'triangle', 'star')
 
 Outline = np.ndarray  #: Polygon, [points, 2] of x and y
-Progress = Callable[[str], None]
 
 
 def write_shapes(
@@ -66,26 +66,6 @@ def write_shapes(
         annotation_file.write_text(json.dumps(dataset), encoding='utf-8')
         crowds = sum(annotation['iscrowd'] for annotation in dataset['annotations'])
         progress(f'{split}: {images[split]} images, {len(dataset["annotations"])} objects, {crowds} of them crowds')
-
-
-def annotation_files(root: Path, splits: Iterable[str], description: str) -> dict[str, Path]:
-    """The files of a COCO tree to write, by split.
-
-    Raises:
-        FileExistsError: One is there, and its description is another.
-    """
-    files = {split: root / 'annotations' / f'instances_{split}2017.json' for split in splits}
-    for file in files.values():
-        if file.exists() and _description(file) != description:
-            raise FileExistsError(f'{file} was not written by this tool; name another folder')
-    return files
-
-
-def _description(annotation_file: Path) -> Any:
-    try:
-        return json.loads(annotation_file.read_text(encoding='utf-8'))['info']['description']
-    except (ValueError, KeyError, TypeError):
-        return None
 
 
 def _draw(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndarray, list[dict[str, Any]]]:

@@ -12,7 +12,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from .shapes import Progress, annotation_files
+from .coco_tree import Progress, annotation_files
 
 DESCRIPTION = 'Varied images by mmdet_cbn'
 SMALLEST = 0.4  # side of the smallest view, as a share of the image's height

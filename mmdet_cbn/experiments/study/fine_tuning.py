@@ -7,7 +7,7 @@ by BN everywhere with 2 images: the paper's is too small for so few images.
 from collections.abc import Iterable
 from typing import Any
 
-from ...window.ring import suggested_window_size
+from ...window.size import suggested_window_size
 from ..rows.table import BOX, Row, Table
 from .methods import METHODS, words_of
 

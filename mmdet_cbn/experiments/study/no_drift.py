@@ -12,7 +12,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from ...window.ring import suggested_window_size
+from ...window.size import suggested_window_size
 
 
 @HOOKS.register_module()

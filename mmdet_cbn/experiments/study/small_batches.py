@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from ...layers.gradient import Gradient
-from ...window.ring import suggested_window_size
+from ...window.size import suggested_window_size
 from ..rows.table import BOX, Row, Table
+from .methods import words_of
 
 METRICS = BOX[:5]  # there are few large objects
 
@@ -100,7 +101,7 @@ def _row(
     }
     sgd = [] if on.sgd is None else [f'sgd {on.sgd}']
     words = [
-        method.lower().replace(', ', ' '),
+        *words_of(method),
         str(images),
         *sgd,
         *(f'{key} {value}' for key, value in changes.items()),
