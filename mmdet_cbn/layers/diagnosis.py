@@ -15,7 +15,7 @@ class Diagnosis(NamedTuple):
     window_length: int  #: over how many iterations the last training forward averaged
     correction: float  #: mean distance that compensation moved the old means, in sigma of the current batch
     invalid: float  #: share of the old variances, from 0 to 1, that the maximum of Eq. 10 kept from being negative
-    radial: float | None  #: mean of :func:`radial_part` of a Conv2d; None if its weight has no gradient
+    radial: float | None  #: mean size of :func:`radial_part` of a Conv2d, from 0 to 1; None without a gradient
 
 
 @torch.no_grad()
@@ -81,7 +81,7 @@ class DiagnosisRecorder:
         if not self._is_due:
             return
         self._is_due = False
-        radial = radial_part(weight)
+        radial = radial_part(weight).abs()  # parts of both signs would cancel in the mean
         finite = radial.isfinite()  # a step that GradScaler skips is not
         sums = torch.stack([radial.where(finite, 0).sum(), finite.sum()])
         self._radial = sums if self._radial is None else self._radial + sums
