@@ -33,8 +33,8 @@ TRIES = 3  #: how many configs of a family are tried with BN
 _SMALL = re.compile('r18|r34|r50|tiny|nano|small|_s_|_m_|-s_|b0|x0\\.|8xb')
 
 
-class Row(NamedTuple):
-    """What became of a family."""
+class Family(NamedTuple):
+    """A family of models of a zoo, and what became of it."""
 
     family: str
     config: str  #: '' if none trains with BN
@@ -102,7 +102,7 @@ ZOOS = {
 }
 
 
-def survey(package: str, out: Path, families: Iterable[str] = (), images: int = 2, size: int = 128) -> list[Row]:
+def survey(package: str, out: Path, families: Iterable[str] = (), images: int = 2, size: int = 128) -> list[Family]:
     """Try each family of a zoo.
 
     Args:
@@ -124,7 +124,7 @@ def survey(package: str, out: Path, families: Iterable[str] = (), images: int = 
     unknown = sorted(set(families) - set(known))
     if unknown:
         raise ValueError(f'{unknown} are not among the families of {package}: {", ".join(known)}')
-    rows = {row['family']: Row(**row) for row in json.loads(out.read_text())} if out.is_file() else {}
+    rows = {row['family']: Family(**row) for row in json.loads(out.read_text())} if out.is_file() else {}
     for family in families or known:
         if family not in rows:
             rows[family] = _try_family(ZOOS[package], folder / family, images, size)
@@ -133,7 +133,7 @@ def survey(package: str, out: Path, families: Iterable[str] = (), images: int = 
     return [rows[name] for name in sorted(rows)]
 
 
-def to_markdown(rows: Iterable[Row]) -> str:
+def to_markdown(rows: Iterable[Family]) -> str:
     """A table of the families that train with BN, and one of the others."""
     rows = list(rows)
     tried = [row for row in rows if row.layers]
@@ -154,11 +154,11 @@ def to_markdown(rows: Iterable[Row]) -> str:
     )
 
 
-def _naive_cell(row: Row) -> str:
+def _naive_cell(row: Family) -> str:
     return '; '.join(f'{count}: {reason}' for reason, count in row.naive.items())
 
 
-def _try_family(zoo: Zoo, folder: Path, images: int, size: int) -> Row:
+def _try_family(zoo: Zoo, folder: Path, images: int, size: int) -> Family:
     tries = 0
     problem = 'no config of a single model'
     for path in sorted(folder.glob('*.py'), key=lambda path: (not _SMALL.search(path.name), len(path.name), path.name)):
@@ -181,11 +181,11 @@ def _try_family(zoo: Zoo, folder: Path, images: int, size: int) -> Row:
                 problem = f'does not train with BN here: {_shortened(error)}'
                 continue
             return _try_config(folder.name, path.name, config, data)
-    return Row(folder.name, '', '', 0, {}, problem)
+    return Family(folder.name, '', '', 0, {}, problem)
 
 
-def _try_config(family: str, name: str, config: Config, data: Any) -> Row:
-    row = Row(family, name, '', 0, {}, '')
+def _try_config(family: str, name: str, config: Config, data: Any) -> Family:
+    row = Family(family, name, '', 0, {}, '')
     for variant, arguments in VARIANTS.items():
         arguments = dict(window_size=WINDOW_SIZE, unsupported='naive', **arguments)
         try:

@@ -39,7 +39,7 @@ NUM_CLASSES = 80
 SMALL = 448, 320
 
 
-class Row(NamedTuple):
+class Target(NamedTuple):
     measure: str
     target: str
     measured: str
@@ -64,10 +64,10 @@ def config_of(scope: str, kind: str) -> Config:
     return config
 
 
-def at_most(measure: str, most: float, values: float | np.ndarray, remark: str = '') -> Row:
+def at_most(measure: str, most: float, values: float | np.ndarray, remark: str = '') -> Target:
     """A row whose median must be at most ``most``."""
     measured = f'{values:.4f}' if np.ndim(values) == 0 else spread(values)
-    return Row(measure, f'<= {most:.2f}', f'{measured}{remark and ", "}{remark}', float(np.median(values)) <= most)
+    return Target(measure, f'<= {most:.2f}', f'{measured}{remark and ", "}{remark}', float(np.median(values)) <= most)
 
 
 def spread(values: Any) -> str:
@@ -80,7 +80,7 @@ def ratios(seconds: dict[str, list[float]], kind: str, base: str = 'BN') -> np.n
     return np.array(seconds[kind]) / np.array(seconds[base])
 
 
-def layer_rows(times: dict[str, dict[str, list[float]]]) -> list[Row]:
+def layer_rows(times: dict[str, dict[str, list[float]]]) -> list[Target]:
     exact, batch, peer, sampled = (
         sorted((ratios(seconds, *kinds) for seconds in times.values()), key=np.median)
         for kinds in (
@@ -141,7 +141,9 @@ def peak_memory(config: Config, settings: Settings) -> int:
     return counter.peak
 
 
-def step_rows(scope: str, results: dict[str, dict[str, Any]], peaks: dict[str, int], gradient_flops: int) -> list[Row]:
+def step_rows(
+    scope: str, results: dict[str, dict[str, Any]], peaks: dict[str, int], gradient_flops: int
+) -> list[Target]:
     """Of a training step of the whole detector."""
     seconds = {kind: row['training_seconds'] for kind, row in results.items()}
     flops = {kind: row['training_flops'] for kind, row in results.items()}
@@ -163,7 +165,7 @@ def step_rows(scope: str, results: dict[str, dict[str, Any]], peaks: dict[str, i
     ]
 
 
-def window_rows(scope: str) -> list[Row]:
+def window_rows(scope: str) -> list[Target]:
     """Bytes that the windows hold for an old iteration, in weights of the convolutions."""
     rows = []
     for kind, most in (('exact', 1.1), ('sampled', 0.3)):
@@ -179,7 +181,7 @@ def window_rows(scope: str) -> list[Row]:
     return rows
 
 
-def inference_rows(rounds: int) -> list[Row]:
+def inference_rows(rounds: int) -> list[Target]:
     """CBN throughout, in evaluation, with BN's checkpoint."""
     bn, cbn = detectors = [detector_of('all', kind) for kind in ('BN', 'exact')]
     for _ in range(3):
