@@ -143,11 +143,13 @@ def remember_call(module: nn.Module, args: tuple, kwargs: dict[str, Any], output
     """Forward hook: remember this call if ``module`` is a convolution."""
     if not isinstance(module, _ConvNd):
         return
-    input = args[0] if args else kwargs['input']
+    input = args[0] if args else next(iter(kwargs.values()), None)
+    if not (isinstance(input, Tensor) and isinstance(output, Tensor)):  # as a partial convolution, which has a mask
+        return
     if is_compiling():
         _traced.call = module, input, output
-    elif not output.is_inference():
-        _last.call = _Remembered(module, input, weakref.ref(output), output._version)
+    else:
+        _last.call = _Remembered(module, input, weakref.ref(output), _version_of(output))
 
 
 def claim_call(output: Tensor) -> tuple[_ConvNd, Tensor] | None:
@@ -160,10 +162,14 @@ def claim_call(output: Tensor) -> tuple[_ConvNd, Tensor] | None:
         traced, _traced.call = _traced.call, None
         return None if traced is None or traced[2] is not output else traced[:2]
     call: _Remembered | None = getattr(_last, 'call', None)
-    if call is None or not _same(call.output(), output) or call.version != output._version:
+    if call is None or not _same(call.output(), output) or call.version != _version_of(output):
         return None
     _last.call = None
     return call.conv, call.input
+
+
+def _version_of(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version  # those of inference mode have none
 
 
 def _same(returned: Tensor | None, output: Tensor) -> bool:
@@ -203,7 +209,7 @@ class ConvFinder:
         self._in_training = True
         for conv, handle in self._handles.items():
             if handle is None:
-                self._handles[conv] = conv.register_forward_hook(remember_call, with_kwargs=True)
+                self._handles[conv] = conv.register_forward_hook(remember_call, prepend=True, with_kwargs=True)
         if not self._settled:
             watch.add(self)
 
@@ -307,6 +313,8 @@ def why_unsupported(conv: _ConvNd) -> str | None:
         is_known = is_known and type(conv)._conv_forward is nn.Conv2d._conv_forward
     else:
         return f'it is a {name}, not a torch.nn.Conv2d or ConvTranspose2d'
+    if 'forward' in vars(conv) or '_conv_forward' in vars(conv):
+        return f'the forward of this {name} has been replaced'
     if not is_known:
         return f'{name} does not compute what torch.nn.{kind} does'
     if 'weight' not in conv._parameters:

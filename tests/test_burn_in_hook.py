@@ -6,10 +6,12 @@ import math
 import pytest
 import torch
 from conftest import Net, runner_for
+from mmengine.hooks import Hook
 from mmengine.model import convert_sync_batchnorm
 from torch import nn
 
 from mmdet_cbn import CBN, CBNBurnInHook
+from mmdet_cbn.pairing import watch
 
 
 class FrozenNet(Net):
@@ -187,3 +189,25 @@ def test_a_model_without_active_cbn_layers_is_an_error(tmp_path, model, config, 
 def test_wrong_arguments_are_named(arguments, error, message):
     with pytest.raises(error, match=message):
         CBNBurnInHook(**arguments)
+
+
+class Unfreeze(Hook):
+    priority = 'VERY_HIGH'
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        runner.model.norm.train(runner.iter >= 3)
+
+
+@pytest.mark.parametrize('by_epoch', [False, True])
+def test_layers_that_another_hook_unfreezes_are_burnt_in(tmp_path, by_epoch):
+    model = Net()
+    train_cfg = None if by_epoch else dict(type='IterBasedTrainLoop', max_iters=16)
+    runner_for(tmp_path, model, [Unfreeze(), ITERS], train_cfg=train_cfg).train()
+    assert model.lengths == [0] * 3 + [1] * 3 + [1, 2] + [3] * 8
+
+
+def test_the_copy_of_ema_does_not_keep_all_convolutions_watched(tmp_path):
+    model = Net()
+    runner_for(tmp_path, model, [dict(type='EMAHook'), dict(type='CBNBurnInHook', burn_in_iters=0)]).train()
+    model.eval()
+    assert model.lengths[-1] == 3 and not any(finder is not model.norm.finder for finder in watch.finders)

@@ -73,7 +73,7 @@ def test_convolutions_that_come_in_any_order_are_all_found(order):
             lengths.append(norm.window_length)
         loss_of(y).backward()
     assert lengths == [3] * len(order)
-    assert norm._finder not in pairing.watch, 'it need not watch all convolutions any more'
+    assert norm.finder not in pairing.watch, 'it need not watch all convolutions any more'
 
 
 def test_a_call_without_a_window_does_not_shift_those_that_follow():
@@ -286,3 +286,29 @@ def test_the_smallest_batches_and_maps_pass(kind, shape):
         y = model(x)
         assert torch.isfinite(y).all() and model[1].window_length == min(number + 1, 3)
         step(list(model.parameters()), [loss_of(y)])
+
+
+@pytest.mark.parametrize('kind', [dict(), dict(order=0)], ids=str)
+def test_outputs_that_are_not_in_the_loss_make_no_calls_of_the_next_iteration(kind):
+    """As of an auxiliary head whose loss is switched off, while its outputs are still alive."""
+    trunk, aux = conv_and_norm(window_size=3, **kind), conv_and_norm(window_size=3, **kind)
+    for number, x in enumerate(batches(6)):
+        features = trunk(x)
+        outputs = aux(features), trunk(features)  # noqa: F841
+        loss_of(features).backward()
+        assert [len(model[1].windows) for model in (trunk, aux)] == [2, 1]
+        assert aux[1].window_length == min(number + 1, 3)
+
+
+@pytest.mark.parametrize('burn_in', [False, True])
+def test_a_checkpointed_block_begins_before_the_convolution(burn_in):
+    conv, norm = conv_and_norm(window_size=3, unsupported='naive')
+    norm.burn_in = burn_in
+    for number, x in enumerate(batches(3)):
+        if number == 2 and not burn_in:
+            with pytest.raises(RuntimeError, match='begin the block before the convolution'):
+                loss_of(checkpoint(norm, conv(x), use_reentrant=False)).backward()
+        else:
+            block = norm if burn_in else lambda x: norm(conv(x))
+            loss_of(checkpoint(block, conv(x) if burn_in else x, use_reentrant=False)).backward()
+    assert norm.order == 1, 'it does not become naive for that'

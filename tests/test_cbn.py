@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mmcv.cnn import ConvAWS2d, ConvModule, ConvWS2d, build_conv_layer, build_norm_layer, fuse_conv_bn
-from mmcv.cnn.bricks import Conv2dAdaptivePadding
+from mmcv.cnn.bricks import Conv2dAdaptivePadding, wrappers
 from mmdet.models.backbones.resnet import BasicBlock, Bottleneck
 from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
@@ -593,7 +593,7 @@ def test_a_layer_without_a_supported_convolution_becomes_naive_if_asked_to(name,
             assert torch.equal(ours, theirs)
         assert model[1].window_length == naive[1].window_length
     assert (model[1].order, model[1].samples, model[1].gradient) == (0, None, gradient)
-    assert model[1]._finder not in pairing.watch
+    assert model[1].finder not in pairing.watch
     assert not any(module._forward_hooks for module in model.modules())
     (message,) = told('takes order=0 (Naive CBN) from now on, because')
     assert message.startswith("CBN layer '1'")
@@ -1062,3 +1062,66 @@ def test_memory_held_is_about_one_weight_an_earlier_iteration():
     assert all(a == b for a, b in pairwise(sizes)), 'the ring is allocated once'
     assert sizes[-1] < 1.1 * 3 * wide[0].weight.nbytes
     assert model[1].windows.current.nbytes == 0
+
+
+@pytest.mark.parametrize('kind', [dict(), dict(order=0), dict(unsupported='naive'), dict(samples=8)], ids=str)
+@pytest.mark.parametrize('before', [0, 3])
+def test_a_forward_in_inference_mode_leaves_training_possible(kind, before):
+    model, reference = conv_and_norm(window_size=3, **kind), conv_and_norm(window_size=3, **kind)
+    inputs = batches(before + 3)
+    for number, x in enumerate(inputs):
+        with torch.inference_mode(number == before), torch.set_grad_enabled(number != before):
+            y = model(x)
+        with torch.set_grad_enabled(number != before):
+            torch.testing.assert_close(y, reference(x))
+        if number != before:
+            loss_of(y).backward()
+    assert model[1].order == kind.get('order', 1) and model[1].window_length == 3
+
+
+class PartialConv(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x), torch.ones_like(x)
+
+
+def test_other_convolutions_of_the_model_may_take_and_return_what_they_like():
+    x = torch.randn(2, 4, 9, 9).double()
+    for conv in (lambda x: PartialConv(4, 4, 3).double()(x)[0], lambda x: wrappers.Conv2d(4, 4, 3).double()(x=x)):
+        model = conv_and_norm(window_size=3)
+        for _ in range(3):
+            loss_of(model(conv(x))).backward()
+        assert model[1].window_length == 3
+
+
+def test_a_convolution_called_by_the_name_of_its_argument_is_found():
+    conv, norm = wrappers.Conv2d(4, 4, 3), CBN(4, window_size=3)
+    for _ in range(3):
+        norm(conv(x=torch.randn(2, 4, 6, 6))).sum().backward()
+    assert norm.window_length == 3
+
+
+@pytest.mark.parametrize('name', ['forward', '_conv_forward', 'hook'])
+def test_a_convolution_whose_output_is_changed_is_refused(name):
+    conv, norm = conv_and_norm(window_size=3)
+    if name == 'hook':
+        loss_of(norm(conv(next(iter(batches(1)))))).backward()
+        conv.register_forward_hook(lambda module, args, output: output.tanh())
+        norm.eval(), norm.train()  # the hook that looks for the convolution comes anew
+        expected = 'not the output of a convolution'
+    else:
+        original = getattr(conv, name)
+        setattr(conv, name, lambda *args: original(*args).tanh())
+        expected = 'forward of this Conv2d has been replaced'
+    with pytest.raises(RuntimeError, match=expected):
+        for x in batches(3):
+            loss_of(norm(conv(x))).backward()
+
+
+@pytest.mark.parametrize('bias', [True, False])
+def test_a_convolution_that_ran_without_gradients_receives_none(bias):
+    conv, norm = conv_and_norm(conv=dict(kernel_size=3, bias=bias), window_size=3)
+    for x in batches(3):
+        with torch.no_grad():
+            y = conv(x)
+        loss_of(norm(y)).backward()
+    assert norm.weight.grad is not None and conv.weight.grad is None and (not bias or conv.bias.grad is None)

@@ -147,7 +147,7 @@ def test_looking_for_active_norms_changes_no_mode():
         before = {name: module.training for name, module in model.named_modules()}
         assert list(active_norms(model)) == ['a.bn']
         assert {name: module.training for name, module in model.named_modules()} == before
-    assert not model['a'].conv._forward_hooks and model['a'].bn._finder not in pairing.watch, 'still in evaluation'
+    assert not model['a'].conv._forward_hooks and model['a'].bn.finder not in pairing.watch, 'still in evaluation'
 
 
 @pytest.mark.parametrize(
@@ -186,3 +186,46 @@ def test_brn_becomes_cbn_and_back():
     convert_in_place(block.bn, BRN(3))
     CBN.convert_batchnorm(block)
     assert type(block.bn) is CBN and not hasattr(block.bn, 'r_max')
+
+
+class BatchNormAndReLU(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+class NamedBatchNorm(nn.BatchNorm2d):
+    pass
+
+
+@pytest.mark.parametrize('kind', [BatchNormAndReLU, NamedBatchNorm])
+def test_a_batch_norm_that_does_more_is_refused_by_name(kind):
+    model = nn.ModuleDict(dict(head=nn.Sequential(nn.Conv2d(3, 4, 3), kind(4)), neck=nn.BatchNorm2d(4)))
+    if kind is NamedBatchNorm:
+        assert type(CBN.convert_batchnorm(model)['head'][1]) is CBN
+        return
+    with pytest.raises(ValueError, match=r"'head\.1' is a BatchNormAndReLU, which does more than BatchNorm"):
+        CBN.convert_batchnorm(model)
+    assert type(CBN.convert_batchnorm(model, prefixes='neck')['neck']) is CBN
+
+
+@pytest.mark.parametrize('affine', [True, False])
+def test_a_batch_norm_without_beta_stays_without_it(affine):
+    norm = nn.BatchNorm2d(3, affine=affine)
+    norm.register_parameter('bias', None)  # as with bias=False, of a newer torch
+    model = CBN.convert_batchnorm(nn.Sequential(nn.Conv2d(3, 3, 3), norm))
+    assert type(model[1]) is CBN and dict(model[1].named_parameters()).keys() == ({'weight'} if affine else set())
+    for _ in range(3):
+        model(torch.randn(2, 3, 6, 6)).square().sum().backward()
+    assert model[1].window_length == 3
+
+
+@pytest.mark.parametrize('kind', [CBN, BRN])
+def test_fx_takes_a_layer_as_one_as_it_does_batch_norm(kind):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), kind(4))
+    traced = torch.fx.symbolic_trace(model)
+    assert [node.op for node in traced.graph.nodes] == ['placeholder', 'call_module', 'call_module', 'output']
+    x = torch.randn(2, 3, 6, 6)
+    for _ in range(3):
+        traced(x).sum().backward()
+    assert getattr(model[1], 'window_length', 3) == 3
+    torch.testing.assert_close(traced.eval()(x), model.eval()(x))

@@ -213,3 +213,22 @@ def test_a_row_is_trained_and_reported(imagenette, tmp_path, monkeypatch):
     top1 = json.loads(metrics.read_text())['accuracy/top1']
     tool('report.py', tmp_path / 'runs', '--table', '3', '--out', tmp_path / 'report')
     assert f'| ours, 1 trial, not as in the paper (1) | {top1:.1f} |' in (tmp_path / 'report/table3.md').read_text()
+
+
+class TwoNames(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(4).eval()
+        self.layers = nn.ModuleList([nn.Conv2d(3, 4, 3), self.bn])
+        nn.init.zeros_(self.bn.weight)
+        self.bn.running_mean.fill_(7)
+        self.bn.bias.requires_grad_(False)
+
+
+@pytest.mark.parametrize('norm_cfg', [dict(type='CBN'), dict(type='GN', num_groups=2)])
+def test_new_layers_begin_with_what_the_old_ones_have(norm_cfg):
+    MODELS.register_module(module=TwoNames, force=True)
+    model = MODELS.build(dict(type='WithNorm', model=dict(type='TwoNames'), norm_cfg=norm_cfg))
+    assert model.bn is model.layers[1] and type(model.bn) in (CBN, nn.GroupNorm) and not model.bn.training
+    assert not model.bn.weight.any() and model.bn.weight.requires_grad and not model.bn.bias.requires_grad
+    assert norm_cfg['type'] == 'GN' or (model.bn.running_mean == 7).all()

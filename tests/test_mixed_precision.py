@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_cbn import batches, conv_and_norm, loss_of
 from test_training import losses, retinanet
+from torch import nn
 
 from mmdet_cbn import CBN
 
@@ -100,3 +101,19 @@ if HAS_FLOAT16_ON_CPU:
         assert model[1].window_length == 3
         for actual, expected in zip(model.parameters(), single.parameters(), strict=True):
             torch.testing.assert_close(actual, expected, rtol=0.02, atol=0.02)
+
+
+def test_the_backward_pass_is_in_full_precision_under_autocast_too():
+    """torch.compile traces it there, where BatchNorm's has no product of matrices and so does not care."""
+    gradients = []
+    for under_autocast in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(16, 16, 3), CBN(16, gradient='window'))
+        for _ in range(4):
+            model.zero_grad()
+            with torch.autocast('cpu', torch.bfloat16):
+                loss = model(torch.randn(2, 16, 8, 8)).float().pow(3).mean()
+            with torch.autocast('cpu', torch.bfloat16, enabled=under_autocast):
+                loss.backward()
+        gradients.append(model[0].weight.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-7)

@@ -260,3 +260,14 @@ def test_nothing_to_switch_is_an_error(tmp_path, arguments, message):
 def test_training_by_iterations_is_refused(tmp_path):
     with pytest.raises(RuntimeError, match='epoch=1 would never come'):
         train(tmp_path, dict(type='SwitchNormHook', epoch=1), train_cfg=dict(by_epoch=False, max_iters=8))
+
+
+def test_another_eps_is_refused_because_a_test_would_not_know_of_it(tmp_path):
+    for eps, expected in ((1e-5, None), (0.5, r'eps of to must be that of the layers before, 1e-05.*got 0\.5')):
+        hook = SwitchNormHook(epoch=1, source='BN', to=dict(type='CBN', eps=eps))
+        runner = runner_for(tmp_path, Net(nn.BatchNorm2d(4)), hook, epochs=2)
+        if expected is None:
+            runner.train()
+        else:
+            with pytest.raises(ValueError, match=expected):
+                runner.train()

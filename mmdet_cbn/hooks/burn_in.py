@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import SyncBatchNorm
 from ..arguments import check_bool, check_int, shown
 from ..layers.cbn import CBN
 from ..layers.conversion import active_norms
+from ..pairing import watch
 from ..window import file as window_file
 from ..window.size import suggested_window_size
 from .model import model_of
@@ -79,7 +80,8 @@ class CBNBurnInHook(Hook):
         self._resumed_from: str | None = None
         self._begins = True  # the first iteration is to come
         self._iterations = 0  # that were trained
-        self._layers: dict[str, CBN] = {}
+        self._layers: dict[str, CBN] = {}  # that are in training
+        self._all_layers: dict[str, CBN] = {}
         self._bad_batches: dict[str, int] = {}
 
     def before_run(self, runner: Runner) -> None:
@@ -119,11 +121,19 @@ class CBNBurnInHook(Hook):
             found = [module for module in model.modules() if isinstance(module, CBN)]
             raise RuntimeError(f'CBNBurnInHook: {_why_there_is_none(found, model, runner.cfg)}')
         self._find_layers(runner)
+        # A copy that EMAHook has made is only evaluated. It would watch all convolutions for ever.
+        own = {id(layer.finder) for layer in self._all_layers.values()}
+        for finder in list(watch.finders):
+            if id(finder) not in own:
+                watch.discard(finder)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         """Put every layer into or out of burn-in, and into the next iteration."""
         # SwitchNormHook makes layers as an epoch begins, before or after the hooks of this one are called.
-        if (batch_idx == 0 or self._begins) and active_norms(model_of(runner), CBN) != self._layers:
+        # Another hook may freeze or unfreeze layers at any time.
+        may_be_others = batch_idx == 0 or self._begins
+        may_be_others |= any(layer.training != (name in self._layers) for name, layer in self._all_layers.items())
+        if may_be_others and active_norms(model_of(runner), CBN) != self._layers:
             self._find_layers(runner)
         if self._begins and self._resumed_from is not None:
             self._load_window(runner, window_file.path_of(self._resumed_from, get_rank()))
@@ -154,13 +164,13 @@ class CBNBurnInHook(Hook):
         model = model_of(runner)
         self._layers = active_norms(model, CBN)
         self._bad_batches = {name: norm.bad_batches for name, norm in self._layers.items()}
-        found = [module for module in model.modules() if isinstance(module, CBN)]
-        for layer in found:
+        self._all_layers = {name: module for name, module in model.named_modules() if isinstance(module, CBN)}
+        for layer in self._all_layers.values():
             if layer.window_size == 'auto':
                 layer.window_size = suggested_window_size(_images_per_gpu(runner.train_dataloader))
         for layer in self._layers.values():
             layer.diagnose = self.diagnostics
-        self._announce(runner, frozen=len(found) - len(self._layers))
+        self._announce(runner, frozen=len(self._all_layers) - len(self._layers))
 
     def _log_diagnoses(self, runner: Runner) -> None:
         for name, layer in self._layers.items():

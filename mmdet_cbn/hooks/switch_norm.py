@@ -38,7 +38,8 @@ class SwitchNormHook(Hook):
     Raises:
         TypeError: An argument has a wrong type.
         ValueError: The epoch is negative; a type is not registered, or is not a kind of BatchNorm. When training
-            begins: the model, or a module named in ``prefixes``, has no active layer of type ``source``.
+            begins: the model, or a module named in ``prefixes``, has no active layer of type ``source``, or one of
+            another eps than ``to`` gives.
         RuntimeError: When training begins: the training loop counts no epochs, or this hook is listed before one that
             makes layers of type ``source``.
     """
@@ -89,6 +90,7 @@ class SwitchNormHook(Hook):
             plan = f'after {self.epoch} epochs, layers of {self.source} become {self.to["type"]}.'
         else:
             layers = self._find(runner)
+            self._check_eps(layers)
             plan = f'{len(layers)} layers are {self.source} for the first {self.epoch} epochs, then {self.to["type"]}.'
         runner.logger.info(f'SwitchNormHook: {plan}')
         if self.epoch >= runner.max_epochs:
@@ -110,6 +112,15 @@ class SwitchNormHook(Hook):
         )
         self._is_done = True
 
+    def _check_eps(self, layers: Mapping[str, _BatchNorm]) -> None:
+        """Where there is no hook, as in tools/test.py, the layers have the eps that they began with."""
+        others = {layer.eps for layer in layers.values()} - {self.to.get('eps', None)}
+        if 'eps' in self.to and others:
+            raise ValueError(
+                f'SwitchNormHook: eps of to must be that of the layers before, {min(others)}, because a test knows no '
+                f'hook; got {self.to["eps"]}. Give it in the norm_cfg of the model.'
+            )
+
     def _find(self, runner: Runner) -> Mapping[str, _BatchNorm]:
         model = model_of(runner)
         of_type = {name: norm for name, norm in active_norms(model).items() if type(norm) is self._kinds[0]}
@@ -124,6 +135,8 @@ def _build(argument: str, norm_cfg: Any, like: _BatchNorm) -> _BatchNorm:
         raise ImportError(f'SwitchNormHook needs {wanted("mmcv")} ({error})') from error
 
     shared = {name: getattr(like, name) for name in ('eps', 'momentum', 'affine', 'track_running_stats')}
+    if like.affine and like.bias is None:
+        shared['bias'] = False
     try:
         layer = build_norm_layer({**shared, **norm_cfg}, like.num_features)[1]
     except Exception as error:  # whatever mmcv, or a normalizer of anyone's, has against it

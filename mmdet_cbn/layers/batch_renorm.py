@@ -7,6 +7,7 @@ from numbers import Real
 from typing import Any
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from mmengine.registry import MODELS
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from ..arguments import check_int, shown
 from ..errors import refuse_data_parallel
 from ..old_torch import is_compiling, outside_graphs_in_training
 from ..window.calls import Iteration, is_recomputing
+from .conversion import as_leaf
 from .statistics import batch_statistics
 
 
@@ -105,6 +107,8 @@ class BRN(nn.BatchNorm2d):
     @outside_graphs_in_training
     def forward(self, input: Tensor) -> Tensor:
         """Normalize ``input``, [N, C, H, W]."""
+        if isinstance(input, torch.fx.Proxy):
+            return as_leaf(self, input)
         if not self.training or input.numel() == 0:
             return super().forward(input)
         self._check_input_dim(input)

@@ -6,19 +6,21 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
 
 import torch
+import torch.fx
 from mmengine.logging import print_log
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..arguments import check_choice, check_int, check_names, shown
+from ..arguments import check_bool, check_choice, check_int, check_names, shown
 from ..compensation import drop_inf_and_nan, make_compensation
 from ..errors import refuse_data_parallel, title_of
 from ..old_torch import IS_BEFORE_2_8, is_compiling, outside_graphs_in_training
-from ..pairing import ConvCall, ConvFinder, why_unsupported
+from ..pairing import ConvCall, ConvFinder, claim_call, why_unsupported
 from ..window.calls import CallWindows, is_recomputing
+from .batch_renorm import BRN
 from .compilation import opaque_to_compiler
-from .conversion import active_norms, convert_in_place, select
+from .conversion import active_norms, as_leaf, convert_in_place, select
 from .diagnosis import Diagnosis, DiagnosisRecorder
 from .gradient import DEFAULT_GRADIENT, GRADIENTS, Gradient, stand_in, statistics_gradient
 from .normalization import WindowNorm
@@ -94,8 +96,10 @@ class CBN(nn.BatchNorm2d):
             feeds it. ``'error'``: raise an error. ``'naive'``: log that, and be Naive CBN (``order=0``) from then on.
         device: Of parameters and buffers, as in torch.
         dtype: Of parameters and buffers, as in torch.
+        bias: With ``affine``, whether to learn beta, too.
 
     Attributes:
+        finder (ConvFinder): Finds the convolution that feeds the layer.
         burn_in (bool): While True, train as ``nn.BatchNorm2d`` (k = 1). :class:`CBNBurnInHook` sets it.
         naive_because (str | None): Why the layer became Naive CBN (``unsupported='naive'``); None if it did not.
         window_length (int): Over how many iterations the last training forward averaged; 0 before the first.
@@ -132,6 +136,8 @@ class CBN(nn.BatchNorm2d):
         unsupported: Literal['error', 'naive'] = 'error',
         device: Any = None,
         dtype: Any = None,
+        *,
+        bias: bool = True,
     ) -> None:
         num_features = check_int('CBN', 'num_features', num_features, at_least=1)
         order = check_int('CBN', 'order', order, at_least=0)
@@ -154,6 +160,8 @@ class CBN(nn.BatchNorm2d):
         if conv is not None:
             _check_conv(conv, num_features)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        if not check_bool('CBN', 'bias', bias):  # which torch.nn.BatchNorm2d has since torch 2.13
+            self.register_parameter('bias', None)
         self.order = order
         self.samples = samples
         self.running_stats = running_stats
@@ -167,7 +175,7 @@ class CBN(nn.BatchNorm2d):
         self.step_hooks: OrderedDict[int, Callable[[CBN, WindowStep], None]] = OrderedDict()
         self._recorder = DiagnosisRecorder()
         self._has_warned = False
-        self._finder = ConvFinder(conv)
+        self.finder = ConvFinder(conv)
         # On the device: the host must not wait for it.
         self._bad_batches = torch.zeros((), dtype=torch.long, device=device)
         self.window_size = window_size
@@ -175,7 +183,11 @@ class CBN(nn.BatchNorm2d):
     @outside_graphs_in_training
     def forward(self, input: Tensor) -> Tensor:
         """Normalize ``input``, the output of a convolution, [N, C, H, W] (Algorithm 1)."""
+        if isinstance(input, torch.fx.Proxy):
+            return as_leaf(self, input)
         has_window = self.training and self.window_size != 1
+        if has_window and self.burn_in and is_recomputing():
+            return self._batch_norm(input)
         found = self._find_conv(input) if has_window else None
         if has_window and input.numel() == 0:
             return self._without_window(super().forward(input), None if found is None else found[0])
@@ -185,7 +197,10 @@ class CBN(nn.BatchNorm2d):
             return self._without_window(self._batch_norm(input), None)
         conv = None if found is None else ConvCall.of(*found, input)
         mean, var, gradient, call = self.window_step(input, conv, self._running())
-        conv_bias, conv_weight = (None, None) if conv is None else (conv.bias, conv.weight)
+        # A convolution that ran without gradients receives none here, either.
+        conv_bias, conv_weight = (None, None)
+        if conv is not None and input.requires_grad:
+            conv_bias, conv_weight = conv.bias, conv.weight
         parameters = (self.weight, self.bias, conv_bias, conv_weight)
         return WindowNorm.apply(input, *parameters, mean, var, self.eps, call, *gradient)  # Eq. 12
 
@@ -242,9 +257,11 @@ class CBN(nn.BatchNorm2d):
         self._check_training_input(input)
         if not self.compensation.needs_conv:
             return None
+        if is_recomputing():
+            return self._find_conv_again(input)
         reason: str | None = 'its input is not the output of a convolution that was called just before, unchanged'
         try:
-            found = self._finder.find(input)
+            found = self.finder.find(input)
         except LookupError:
             found = None
         else:
@@ -254,6 +271,16 @@ class CBN(nn.BatchNorm2d):
                 return None
             reason = why_unsupported(found[0])
         return found if reason is None else self._do_without_conv(reason)
+
+    def _find_conv_again(self, input: Tensor) -> tuple[Any, Tensor]:
+        """As :meth:`_find_conv`, in a checkpointed block that runs again. Nothing is learned from that."""
+        found = claim_call(input)
+        if found is None:
+            raise RuntimeError(
+                f'{title_of(self)} runs again in a checkpointed block, and its convolution does not: begin the block '
+                'before the convolution.'
+            )
+        return found
 
     @torch.compiler.disable
     def _do_without_conv(self, reason: str) -> None:
@@ -268,7 +295,7 @@ class CBN(nn.BatchNorm2d):
 
     def _become_naive(self, reason: str) -> None:
         self.naive_because = reason
-        self._finder.stop()
+        self.finder.stop()
         self.order, self.samples = 0, None
         self.compensation = make_compensation(0, None)
         if stand_in(self.gradient) is not None:
@@ -355,9 +382,9 @@ class CBN(nn.BatchNorm2d):
 
     def _start_or_stop_finder(self) -> None:
         if self.training and self.compensation.needs_conv and self.window_size != 1:
-            self._finder.start()
+            self.finder.start()
         else:
-            self._finder.stop()
+            self.finder.stop()
 
     def begin_iteration(self) -> None:
         """Start a new iteration. :class:`CBNBurnInHook` calls this.
@@ -442,20 +469,22 @@ class CBN(nn.BatchNorm2d):
 
         Raises:
             TypeError: An argument has a wrong type.
-            ValueError: The model, or a part named in ``prefixes``, has no active BatchNorm; or an argument has a value
-                that is not allowed.
+            ValueError: The model, or a part named in ``prefixes``, has no active BatchNorm, or one of a subclass that
+                does more; or an argument has a value that is not allowed.
         """
         check_names('CBN.convert_batchnorm', 'prefixes', prefixes)
-        found = {
-            name: norm
-            for name, norm in active_norms(module).items()
-            if isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm) and not isinstance(norm, CBN)
-        }
+        active = active_norms(module, (nn.BatchNorm2d, nn.SyncBatchNorm))
+        found = {name: norm for name, norm in active.items() if not isinstance(norm, CBN)}
         with torch.random.fork_rng(devices=[]):
-            for norm in select(found, prefixes, 'CBN.convert_batchnorm').values():
+            for name, norm in select(found, prefixes, 'CBN.convert_batchnorm').items():
+                if not _is_plain(norm):
+                    raise ValueError(
+                        f'CBN.convert_batchnorm: {name!r} is a {type(norm).__name__}, which does more than BatchNorm. '
+                        'Name the parts to convert in prefixes'
+                    )
                 torch.rand(())  # so that each layer has a stream of its own for ``samples``
                 shared = (norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
-                convert_in_place(norm, cls(*shared, **arguments))
+                convert_in_place(norm, cls(*shared, bias=norm.bias is not None, **arguments))
         return module
 
     def extra_repr(self) -> str:
@@ -481,6 +510,12 @@ class CBN(nn.BatchNorm2d):
     def _replicate_for_data_parallel(self) -> 'CBN':
         refuse_data_parallel(self)
         return super()._replicate_for_data_parallel()
+
+
+def _is_plain(norm: nn.Module) -> bool:
+    """Whether a BatchNorm, of whatever subclass, normalizes and does nothing more."""
+    plain = {nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward, BRN.forward}
+    return type(norm).forward in plain and next(norm.children(), None) is None
 
 
 def _check_gradient(gradient: Any) -> None:

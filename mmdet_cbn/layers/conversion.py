@@ -3,13 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
+import torch.fx
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 Norm = TypeVar('Norm', bound=_BatchNorm)
 
 
-def active_norms(model: nn.Module, kind: type[Any] = _BatchNorm) -> dict[str, Any]:
+def active_norms(model: nn.Module, kind: type[Any] | tuple[type[Any], ...] = _BatchNorm) -> dict[str, Any]:
     """The batch normalizers of ``model``, of a ``kind``, that use statistics of the batch in a training step, by name.
 
     This leaves out those that ``model.train()`` itself puts into evaluation (mmdet's ``norm_eval`` and
@@ -29,6 +30,12 @@ def active_norms(model: nn.Module, kind: type[Any] = _BatchNorm) -> dict[str, An
         else:
             module.training = mode
     return active
+
+
+def as_leaf(norm: nn.Module, input: torch.fx.Proxy) -> Any:
+    """What ``torch.fx`` records of a call of ``norm``: the module, as for BatchNorm, and not what it does."""
+    tracer: Any = input.tracer
+    return tracer.create_proxy('call_module', tracer.path_of_module(norm), (input,), {})
 
 
 def select(norms: Mapping[str, Norm], prefixes: str | Sequence[str] | None, owner: str) -> Mapping[str, Norm]:

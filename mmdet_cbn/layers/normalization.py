@@ -80,6 +80,12 @@ class WindowNorm(torch.autograd.Function):
     @outside_graphs
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        # Under torch.compile, autocast of the forward would still be on.
+        with torch.autocast(dy.device.type, enabled=False):
+            return WindowNorm._gradients(ctx, dy)
+
+    @staticmethod
+    def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, gamma, mean, var, *members = ctx.saved_tensors
         fraction, var_slope, patches, factors, batch_mean, batch_var = members
         if isinstance(ctx.call, int):

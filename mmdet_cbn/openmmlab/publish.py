@@ -11,7 +11,7 @@ from .with_norm import with_norm
 
 _PACKAGE = __name__.partition('.')[0]
 _OF_EVALUATION = {'eps', 'affine', 'track_running_stats'}
-_OF_BATCH_NORM = ('requires_grad', 'eps', 'momentum', 'affine', 'track_running_stats')
+_OF_BATCH_NORM = ('requires_grad', 'eps', 'momentum', 'affine', 'track_running_stats', 'bias')
 _LEFT_OUT = object()
 
 

@@ -31,11 +31,28 @@ def with_norm(model: dict[str, Any], norm_cfg: dict[str, Any]) -> nn.Module:
     except ImportError as error:
         raise ImportError(f'WithNorm needs {wanted("mmcv")} ({error})') from error
     built: nn.Module = MODELS.build(model)
-    layers = {name: module for name, module in built.named_modules() if type(module) is nn.BatchNorm2d}
-    if not layers:
+    # A layer may have two names.
+    names = {
+        name: module for name, module in built.named_modules(remove_duplicate=False) if type(module) is nn.BatchNorm2d
+    }
+    if not names:
         raise ValueError(f'WithNorm: model must have layers of nn.BatchNorm2d, {model.get("type")} has none')
-    for name, layer in layers.items():
-        new = build_norm_layer({'eps': layer.eps, **norm_cfg}, layer.num_features)[1]
+    replaced = {
+        layer: _like(layer, build_norm_layer({'eps': layer.eps, **norm_cfg}, layer.num_features)[1])
+        for layer in names.values()
+    }
+    for name, layer in names.items():
         parent, _, child = name.rpartition('.')
-        setattr(built.get_submodule(parent), child, new)
+        setattr(built.get_submodule(parent), child, replaced[layer])
     return built
+
+
+def _like(layer: nn.Module, new: nn.Module) -> nn.Module:
+    """``new`` with what it has in common with ``layer``: values, which parameters are trained, and the mode."""
+    own = new.state_dict()
+    shared = {key: value for key, value in layer.state_dict().items() if key in own and own[key].shape == value.shape}
+    new.load_state_dict({**own, **shared})
+    for name, parameter in new.named_parameters():
+        if name in shared:
+            parameter.requires_grad_(parameter.requires_grad and layer.get_parameter(name).requires_grad)
+    return new.train(layer.training)

@@ -9,12 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import title_of
+from ..old_torch import is_compiling
 from .ring import Window
 
 
 def is_recomputing() -> bool:
-    """Whether a checkpointed block runs again, inside the backward pass. This still belongs to the same iteration."""
-    return torch._C._current_graph_task_id() != -1
+    """Whether a checkpointed block runs again, inside the backward pass. This still belongs to the same iteration.
+
+    A compiled graph computes such a block again by itself.
+    """
+    return not is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 class Call:
@@ -22,21 +26,30 @@ class Call:
 
     Args:
         weight: Of the convolution that feeds the layer, if it is known.
+
+    Attributes:
+        backward_passes (int): How often a backward pass has reached any call of any layer.
     """
 
+    backward_passes = 0
+
     def __init__(self, weight: Tensor | None) -> None:
-        self._had_backward = False
+        self._began_after = Call.backward_passes
         self._weight = weight
         self._version = None if weight is None else weight._version
 
     def note_backward(self, *_: Any) -> None:
         """The backward pass has reached this call. Can be a hook of autograd's nodes."""
-        self._had_backward = True
+        Call.backward_passes += 1
 
     @property
     def is_over(self) -> bool:
-        """Whether the backward pass has gone through it, or the weight has been changed in place since."""
-        return self._had_backward or (self._weight is not None and self._weight._version != self._version)
+        """Whether a backward pass has gone through a layer since, or the weight has been changed in place.
+
+        It need not have gone through this call, whose output may not be in the loss.
+        """
+        has_changed = self._weight is not None and self._weight._version != self._version
+        return has_changed or Call.backward_passes != self._began_after
 
 
 @dataclass

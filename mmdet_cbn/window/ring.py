@@ -56,7 +56,11 @@ class Window(Generic[Statistics]):
         """Keep the statistics of one more iteration, a named tuple of tensors. A full window drops the oldest."""
         if not self._fits(statistics):
             self.clear()
-            self._ring = type(statistics)(*(t.new_empty(self.capacity, *t.shape) for t in statistics))
+            with torch.inference_mode(False):  # the training that follows must be able to write to it
+                kind: Any = type(statistics)
+                self._ring = kind(
+                    *(torch.empty(self.capacity, *t.shape, dtype=t.dtype, device=t.device) for t in statistics)
+                )
         slots = [ring.select(0, self._next) for ring in self._ring]  # type: ignore[union-attr]
         torch._foreach_copy_(slots, list(statistics))  # one launch for all, on a GPU
         self._next = (self._next + 1) % self.capacity
