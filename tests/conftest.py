@@ -1,12 +1,15 @@
 """What several test files share: drawn images, and runs cut down to seconds, of a tiny model and of configs."""
 
 import json
+import os
+from functools import cache
 from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.config import utils as config_utils
 from mmengine.dataset import DefaultSampler
 from mmengine.model import BaseModel
 from mmengine.registry import DefaultScope
@@ -62,6 +65,21 @@ def runner_for(tmp_path, model, hook, epochs=4, batch_size=1, train_cfg=None, mo
 def _few_threads():
     """The layers of the tests are so small that more threads only wait for each other."""
     torch.set_num_threads(min(torch.get_num_threads(), 2))
+
+
+@pytest.fixture(autouse=True, scope='session')
+def _metafiles_are_read_once():
+    """mmengine reads all of mmdet's anew for each config that inherits from mmdet, which takes a second."""
+    load = config_utils.load
+    config_utils.load = cache(load)
+    yield
+    config_utils.load = load
+
+
+@pytest.fixture(autouse=True, scope='session')
+def _no_row_of_the_shell():
+    """Small versions would take it."""
+    os.environ.pop('CBN_ROW', None)
 
 
 @pytest.fixture(params=['cpu', *(['cuda'] if torch.cuda.is_available() else [])])

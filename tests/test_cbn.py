@@ -1125,3 +1125,12 @@ def test_a_convolution_that_ran_without_gradients_receives_none(bias):
             y = conv(x)
         loss_of(norm(y)).backward()
     assert norm.weight.grad is not None and conv.weight.grad is None and (not bias or conv.bias.grad is None)
+
+
+def test_a_double_backward_is_an_error():
+    model = conv_and_norm(window_size=3)
+    for x in batches(3):
+        x.requires_grad_()
+        (gradient,) = torch.autograd.grad(model(x).pow(3).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match='once_differentiable'):
+        gradient.square().sum().backward()

@@ -229,3 +229,13 @@ def test_fx_takes_a_layer_as_one_as_it_does_batch_norm(kind):
         traced(x).sum().backward()
     assert getattr(model[1], 'window_length', 3) == 3
     torch.testing.assert_close(traced.eval()(x), model.eval()(x))
+
+
+def test_converted_layers_draw_samples_of_their_own_and_leave_other_random_numbers_alone():
+    blocks = [layer for _ in range(3) for layer in (nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))]
+    model = nn.Sequential(*blocks, nn.Flatten(), nn.BatchNorm1d(3))
+    before = torch.get_rng_state()
+    CBN.convert_batchnorm(model, samples=8)
+    assert torch.equal(torch.get_rng_state(), before)
+    draws = {layer.compensation.draws for layer in model if isinstance(layer, CBN)}
+    assert len(draws) == 3 and type(model[-1]) is nn.BatchNorm1d

@@ -192,10 +192,11 @@ def test_the_twin_of_each_config_trains_and_is_evaluated(norm, imagenette, tmp_p
         runner.train()
     assert 0 <= runner.message_hub.get_scalar('val/accuracy/top1').current() <= 100
     assert runner.message_hub.get_scalar('train/loss').current() < 100
-    norms = [module for name, module in runner.model.named_modules() if name.rpartition('.')[2].startswith('bn')]
-    for module in norms:
-        assert isinstance(module, NORMS.get(norm.upper(), nn.Module))
-        assert norm != 'cbn' or module.window_length == 4
+    kinds = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.InstanceNorm2d)
+    norms = [module for module in runner.model.modules() if isinstance(module, kinds)]
+    expected = {**NORMS, 'IN': nn.InstanceNorm2d, 'LN': nn.GroupNorm}[norm.upper()]
+    assert len(norms) == 20 and {type(module) for module in norms} == {expected}
+    assert norm != 'cbn' or {module.window_length for module in norms} == {4}
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """Whatever comes, of arguments, shapes, precisions and files: it works, or an error says what is wrong.
 
-What it is for the layer to work, tests/oracle.py says. Other examples in each run, and more of them:
+What it is for the layer to work, mmdet_cbn/experiments/oracle.py says. Other examples in each run, and more of them:
 ``HYPOTHESIS_PROFILE=thorough pytest tests/test_properties.py``.
 """
 

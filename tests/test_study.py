@@ -346,7 +346,7 @@ def test_a_damaged_store_is_named(content, tmp_path):
         find_runs([tmp_path / 'runs.json'])
 
 
-@pytest.mark.parametrize('page', ['docs/results.md', 'docs/fine-tuning.md'])
+@pytest.mark.parametrize('page', ['docs/results.md', 'docs/fine-tuning.md', 'docs/classification.md'])
 def test_the_tables_of_the_pages_are_those_of_the_stored_runs(page, tmp_path, monkeypatch):
     docs = ROOT / 'docs'
     copy = tmp_path / 'page.md'

@@ -77,6 +77,14 @@ def test_weights_momentum_and_statistics_cross_the_switch(tmp_path, to):
     assert (runner.model.norm.momentum, runner.model.norm.eps) == (0.1, 1e-5), "the old layer's"
 
 
+def test_the_new_layers_have_the_arguments_of_the_old_ones(tmp_path):
+    old = nn.BatchNorm2d(4, eps=1e-3, momentum=0.3, affine=False)
+    runner = runner_for(tmp_path, Net(old), SwitchNormHook(epoch=1, to='CBN'), epochs=2)
+    runner.train()
+    new = runner.model.norm
+    assert type(new) is CBN and (new.eps, new.momentum, new.affine, new.weight) == (1e-3, 0.3, False, None)
+
+
 @pytest.mark.parametrize('to', ['SyncBN', 'BRN'])
 @pytest.mark.parametrize('stop_after', [1, 2, 3])
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, to, stop_after):

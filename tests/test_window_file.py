@@ -182,6 +182,7 @@ class Evil:
         (lambda data: data[: len(data) // 2], ''),
         (lambda data: b'', ''),
         (lambda data: pickle.dumps(Evil()), ''),
+        (lambda data: resaved(data, lambda states: states, iteration=Evil()), ''),
         (lambda data: resaved(data, lambda states: {'other': states['norm']}), 'it belongs to other layers'),
         (lambda data: resaved(data, lambda states: [states]), ''),
         (lambda data: resaved(data, lambda states: states, other=1), 'it belongs to other layers'),

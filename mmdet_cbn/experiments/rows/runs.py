@@ -1,5 +1,6 @@
 """Trains and evaluates rows of the paper's tables: makes the commands, and skips what has been run already."""
 
+import copy
 import fcntl
 import json
 import os
@@ -157,7 +158,7 @@ class Trial:
 def recipe_of(row: Row, configs: Path) -> Config:
     """The config of a row, or of its twin, with the row's options."""
     config = load(row, configs)
-    recipe = config.copy()
+    recipe = copy.deepcopy(config)
     recipe.merge_from_dict(row.options_for(config))
     return recipe
 
