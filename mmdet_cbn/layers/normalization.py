@@ -1,5 +1,6 @@
 """Normalization with the statistics of a window (Eq. 12 and 4) and its backward pass, on BatchNorm's own kernels."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..compensation.patches import weighted_patches
-from ..old_torch import IS_BEFORE_2_6, outside_graphs
+from ..old_torch import IS_BEFORE_2_6, is_autocast_enabled, outside_graphs
 from ..window.calls import Call
 from . import compilation
 
@@ -80,8 +81,9 @@ class WindowNorm(torch.autograd.Function):
     @outside_graphs
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        # Under torch.compile, autocast of the forward would still be on.
-        with torch.autocast(dy.device.type, enabled=False):
+        # Under torch.compile it may be on as in the forward.
+        device = dy.device.type
+        with torch.autocast(device, enabled=False) if is_autocast_enabled(device) else nullcontext():
             return WindowNorm._gradients(ctx, dy)
 
     @staticmethod
