@@ -9,7 +9,7 @@ watched. There are no hooks in evaluation.
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -286,6 +286,11 @@ class Watch:
 
     def discard(self, finder: ConvFinder) -> None:
         self.finders.discard(finder)
+        self.end_if_idle()
+
+    def keep_only(self, finders: Iterable[ConvFinder]) -> None:
+        """Forget all others."""
+        self.finders &= set(finders)
         self.end_if_idle()
 
     def end_if_idle(self) -> None:

@@ -16,17 +16,16 @@ from mmengine.logging import MMLogger
 from mmdet_cbn.experiments.paper.coco import COCO
 from mmdet_cbn.experiments.rows.logs import collect, find_runs
 from mmdet_cbn.experiments.rows.report import markdown, overview, write_report
-from mmdet_cbn.experiments.tables import TABLES
+from mmdet_cbn.experiments.tables import NUMBERS, TABLES
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    numbers = [*dict.fromkeys(table.number for table in TABLES), 'study']
     parser.add_argument('work_dirs', nargs='*', type=Path, metavar='WORK_DIRS')
     table_help = "tables or figures (default: the paper's on COCO); study for all of our own study"
-    parser.add_argument('--table', nargs='+', choices=numbers, help=table_help)
+    parser.add_argument('--table', nargs='+', choices=NUMBERS, help=table_help)
     parser.add_argument('--out', type=Path, default=Path('report'), help='folder to write to (default: %(default)s)')
     parser.add_argument('--trials', type=int, default=5, help='how many a row should have (default: %(default)s)')
     parser.add_argument('--readme', type=Path, help='renew the tables in this file instead, between their marks')

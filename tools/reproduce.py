@@ -18,7 +18,7 @@ from mmengine.logging import MMLogger
 
 from mmdet_cbn.experiments.rows.runs import Setting, describe, run, trials_of
 from mmdet_cbn.experiments.rows.table import Table
-from mmdet_cbn.experiments.tables import TABLES
+from mmdet_cbn.experiments.tables import NUMBERS, TABLES
 
 # The twins of configs/small, and how the configs begin whose twins they are.
 TWINS = {'shapes': 'cbn/', 'facemask': 'cbn/faster-rcnn', 'coco128': 'cbn/', 'imagenette': 'imagenet/resnet18'}
@@ -27,9 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def parse_args() -> tuple[argparse.Namespace, list[Table]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    numbers = [*dict.fromkeys(table.number for table in TABLES), 'study']
     table_help = 'of the paper, or of our own study; study for all of it'
-    parser.add_argument('--table', nargs='+', required=True, choices=numbers, help=table_help)
+    parser.add_argument('--table', nargs='+', required=True, choices=NUMBERS, help=table_help)
     parser.add_argument('--rows', nargs='+', help='names of rows, as the dry run gives them (default: all)')
     parser.add_argument('--gpus', type=int, default=4, help='default: %(default)s; with 1, the CPU if there is no GPU')
     parser.add_argument('--trials', type=int, default=5, help='seeds 0, 1, ... (default: %(default)s)')

@@ -5,3 +5,6 @@ from .paper.imagenet import IMAGENET
 from .study import STUDY
 
 TABLES = (*COCO, *IMAGENET, *STUDY)
+
+#: What tools take for ``--table``.
+NUMBERS = (*dict.fromkeys(table.number for table in TABLES), 'study')

@@ -122,10 +122,7 @@ class CBNBurnInHook(Hook):
             raise RuntimeError(f'CBNBurnInHook: {_why_there_is_none(found, model, runner.cfg)}')
         self._find_layers(runner)
         # A copy that EMAHook has made is only evaluated. It would watch all convolutions for ever.
-        own = {id(layer.finder) for layer in self._all_layers.values()}
-        for finder in list(watch.finders):
-            if id(finder) not in own:
-                watch.discard(finder)
+        watch.keep_only(layer.finder for layer in self._all_layers.values())
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         """Put every layer into or out of burn-in, and into the next iteration."""

@@ -114,11 +114,12 @@ class SwitchNormHook(Hook):
 
     def _check_eps(self, layers: Mapping[str, _BatchNorm]) -> None:
         """Where there is no hook, as in tools/test.py, the layers have the eps that they began with."""
-        others = {layer.eps for layer in layers.values()} - {self.to.get('eps', None)}
-        if 'eps' in self.to and others:
+        eps = self.to.get('eps')
+        others = {layer.eps for layer in layers.values()} - {eps}
+        if eps is not None and others:
             raise ValueError(
                 f'SwitchNormHook: eps of to must be that of the layers before, {min(others)}, because a test knows no '
-                f'hook; got {self.to["eps"]}. Give it in the norm_cfg of the model.'
+                f'hook; got {eps}. Give it in the norm_cfg of the model.'
             )
 
     def _find(self, runner: Runner) -> Mapping[str, _BatchNorm]:

@@ -186,8 +186,6 @@ class CBN(nn.BatchNorm2d):
         if isinstance(input, torch.fx.Proxy):
             return as_leaf(self, input)
         has_window = self.training and self.window_size != 1
-        if has_window and self.burn_in and is_recomputing():
-            return self._batch_norm(input)
         found = self._find_conv(input) if has_window else None
         if has_window and input.numel() == 0:
             return self._without_window(super().forward(input), None if found is None else found[0])
@@ -198,7 +196,7 @@ class CBN(nn.BatchNorm2d):
         conv = None if found is None else ConvCall.of(*found, input)
         mean, var, gradient, call = self.window_step(input, conv, self._running())
         # A convolution that ran without gradients receives none here, either.
-        conv_bias, conv_weight = (None, None)
+        conv_bias = conv_weight = None
         if conv is not None and input.requires_grad:
             conv_bias, conv_weight = conv.bias, conv.weight
         parameters = (self.weight, self.bias, conv_bias, conv_weight)
@@ -252,13 +250,14 @@ class CBN(nn.BatchNorm2d):
     def _find_conv(self, input: Tensor) -> tuple[Any, Tensor] | None:
         """The convolution that made ``input``, and its own input.
 
-        None if the compensation needs no convolution, or from now on needs none, or if it is none of those known.
+        None if the compensation needs no convolution, or from now on needs none, if it is none of those known, or where
+        a checkpointed block runs again in burn-in.
         """
         self._check_training_input(input)
         if not self.compensation.needs_conv:
             return None
         if is_recomputing():
-            return self._find_conv_again(input)
+            return None if self.burn_in else self._find_conv_again(input)
         reason: str | None = 'its input is not the output of a convolution that was called just before, unchanged'
         try:
             found = self.finder.find(input)

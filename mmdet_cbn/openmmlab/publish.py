@@ -10,8 +10,8 @@ from torch import nn
 from .with_norm import with_norm
 
 _PACKAGE = __name__.partition('.')[0]
-_OF_EVALUATION = {'eps', 'affine', 'track_running_stats'}
-_OF_BATCH_NORM = ('requires_grad', 'eps', 'momentum', 'affine', 'track_running_stats', 'bias')
+_OF_EVALUATION = ('eps', 'affine', 'track_running_stats', 'bias')
+_OF_BATCH_NORM = ('requires_grad', 'momentum', *_OF_EVALUATION)
 _LEFT_OUT = object()
 
 
@@ -67,10 +67,10 @@ def _plain(value: Any) -> Any:
         return {key: item for key, item in items.items() if item is not _LEFT_OUT}
     if found is with_norm:
         norm_cfg = _plain(value['norm_cfg'])
-        if norm_cfg.get('type') != 'BN' or not _OF_EVALUATION.isdisjoint(norm_cfg):
+        if norm_cfg.get('type') != 'BN' or any(key in norm_cfg for key in _OF_EVALUATION):
             raise ValueError(
                 f'{_PACKAGE} is needed for WithNorm, unless its norm_cfg is of BatchNorm, CBN or BRN, and has none of '
-                f'{", ".join(sorted(_OF_EVALUATION))}; it is {value["norm_cfg"]}'
+                f'{", ".join(_OF_EVALUATION)}; it is {value["norm_cfg"]}'
             )
         return _plain(value['model'])
     if isinstance(found, type) and issubclass(found, nn.BatchNorm2d):

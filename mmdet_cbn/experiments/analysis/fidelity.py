@@ -138,19 +138,19 @@ class StatisticsFidelityHook(Hook):
 
     def _predictions(self, old: _Kept, other: _Kept | None) -> '_Predictions':
         found: _Predictions = {}
-        for name, exact in old.first_order.items():
+        for name, kept in old.first_order.items():
             conv = self._replay.convs[name]
             of_layer = found[name] = {
-                'none (Naive CBN)': (exact.mean, exact.var),
-                'first order (the paper)': compensate(_stacked(exact), conv.weight, conv.groups)[:2],
+                'none (Naive CBN)': (kept.mean, kept.var),
+                'first order (the paper)': compensate(_stacked(kept), conv.weight, conv.groups)[:2],
             }
             for n, sampled in old.sampled[name].items():
                 of_layer[f'{n} samples'] = compensate_samples(_stacked(sampled), conv.weight, conv.groups)[:2]
         self._add_exact(found, old.iteration)
         if other is not None:
-            for name, exact in other.first_order.items():
+            for name, kept in other.first_order.items():
                 if name in found:
-                    found[name][NOISE] = exact.mean, exact.var
+                    found[name][NOISE] = kept.mean, kept.var
         return found
 
     def _add_exact(self, found: '_Predictions', old: OldIteration) -> None:

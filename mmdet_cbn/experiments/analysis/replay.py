@@ -124,9 +124,12 @@ class Replay:
             layer = self.layers[name]
             layer.eval()  # so that it remembers nothing of this; the hook replaces its output
             handles.append(layer.register_forward_hook(partial(self._replace_output, name)))
-        not_copied = {id(module): module for module in self._model.modules()}
-        others = active_norms(self._model, CBN).values()
-        windows = {other: copy.deepcopy(other.windows, dict(not_copied)) for other in others}
+        modules = {id(module): module for module in self._model.modules()}  # which are not copied
+        windows = {
+            module: copy.deepcopy(module.windows, dict(modules))
+            for module in modules.values()
+            if isinstance(module, CBN) and module.training
+        }
         try:
             features = self._model.extract_feat(old.inputs)
             for kind, rois in old.rois.items():

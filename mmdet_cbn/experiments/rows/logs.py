@@ -11,7 +11,7 @@ from mmengine.config import Config
 
 from ...errors import errors_name_file
 from .runs import NOTHING_DETECTED, SETTINGS, evaluations, recipe_of
-from .table import BOX, Row, Table
+from .table import BOX, Table
 
 # What decides on a result. Where the data lie and how they are loaded does not.
 _DECISIVE = (
@@ -230,9 +230,13 @@ def collect(table: Table, runs: Iterable[Run], configs: Path) -> dict[str, list[
         configs: The folder of the configs.
     """
     found: dict[str, dict[tuple[str, ...], list[Run]]] = defaultdict(lambda: defaultdict(list))
+    recipes: dict[str, dict[str, Any]] = {}  # settings by row, which all of its trials share
     for run in runs:
         rows = [row for row in table.rows if (row.config if run.name is None else row.run) == (run.name or run.config)]
-        candidates = {row.name: _differences(run, row, table.gpus, configs) for row in rows}
+        for row in rows:
+            if row.name not in recipes:
+                recipes[row.name] = {**settings_of(recipe_of(row, configs)), 'GPUs': table.gpus}
+        candidates = {row.name: _differences(run.settings, recipes[row.name]) for row in rows}
         if not candidates:
             continue
         name, differences = min(candidates.items(), key=lambda item: len(item[1]))
@@ -243,10 +247,9 @@ def collect(table: Table, runs: Iterable[Run], configs: Path) -> dict[str, list[
     }
 
 
-def _differences(run: Run, row: Row, gpus: int, configs: Path) -> tuple[str, ...]:
-    recipe = {**settings_of(recipe_of(row, configs)), 'GPUs': gpus}
+def _differences(settings: Mapping[str, Any], recipe: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(
-        f'{key} = {run.settings.get(key)} ({recipe.get(key)})'
-        for key in sorted(recipe.keys() | run.settings.keys())
-        if run.settings.get(key) != recipe.get(key)
+        f'{key} = {settings.get(key)} ({recipe.get(key)})'
+        for key in sorted(recipe.keys() | settings.keys())
+        if settings.get(key) != recipe.get(key)
     )
