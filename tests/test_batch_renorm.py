@@ -79,6 +79,24 @@ def test_output_gradients_and_running_statistics_are_the_oracles(arguments):
     torch.testing.assert_close(evaluated, norm.weight[:, None, None] * x_hat + norm.bias[:, None, None])
 
 
+def test_without_gamma_and_beta_it_is_the_oracle_too():
+    norm, oracle = BRN(4, affine=False, **EARLY).double(), Oracle(4, **EARLY)
+    one, zero = torch.ones(4).double(), torch.zeros(4).double()
+    for x in batches(10):
+        torch.testing.assert_close(norm(x), oracle(x, one, zero))
+
+
+def test_in_half_precision_its_statistics_stay_those_of_float32():
+    norm, oracle = layer(**EARLY).float(), Oracle(4, **EARLY)
+    for x in batches(10):
+        x = x.bfloat16()
+        y, expected = norm(x), oracle(x.double(), norm.weight.double(), norm.bias.double())
+        assert y.dtype == torch.bfloat16
+        torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=1e-2)
+    torch.testing.assert_close(norm.running_mean.double(), oracle.mu, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close((norm.running_var + norm.eps).sqrt().double(), oracle.sigma, rtol=1e-4, atol=1e-5)
+
+
 def test_both_limits_bind_and_then_only_the_last_ones_do():
     """Else the comparison with the oracle would show less than it seems to."""
     norm = layer(**EARLY)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmdet_cbn.compensation import make_compensation
+from mmdet_cbn.compensation import make_compensation, second_order
 from mmdet_cbn.compensation.patches import weighted_patches
 from mmdet_cbn.layers.statistics import batch_statistics
 from mmdet_cbn.pairing import ConvCall
@@ -37,3 +37,18 @@ def test_the_gradient_in_the_weight_is_autograds(order, samples, groups, has_var
         factors = gradients[0] if factor is None else gradients[0] + 2 * factor
         actual = var_slope - before + weighted_patches(factors, patches, conv.weight.shape)
     torch.testing.assert_close((actual,), expected)
+
+
+@pytest.mark.parametrize('groups', [1, 2])
+@pytest.mark.parametrize('numbers_at_once', [1, 2000, 2**24])
+def test_the_covariance_of_the_patches_is_that_of_all_images_together(numbers_at_once, groups, monkeypatch):
+    """Parts of one image, of two, and the rest; and all three at once."""
+    monkeypatch.setattr(second_order, '_NUMBERS_AT_ONCE', numbers_at_once)
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 6, 3, padding=1, groups=groups).double()
+    inputs = torch.randn(3, 4, 5, 4).double()
+    with torch.no_grad():
+        x = conv(inputs)
+        kept = make_compensation(2, None).keep(x, *batch_statistics(x), ConvCall.of(conv, inputs, x))
+    patches = nn.functional.unfold(inputs, 3, padding=1).transpose(0, 1).unflatten(0, (groups, -1)).flatten(2)
+    torch.testing.assert_close(kept.covariance, torch.stack([torch.cov(group, correction=0) for group in patches]))

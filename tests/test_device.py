@@ -85,6 +85,25 @@ def test_training_never_waits_for_the_device(kind, momentum, bias, dtype, monkey
                 assert tensor.device.type == DEVICE
 
 
+@pytest.mark.parametrize('kind', [dict(), dict(samples=8), dict(order=0)], ids=str)
+def test_diagnosis_waits_for_the_device_when_it_is_read_alone(kind, monkeypatch):
+    monkeypatch.setattr(WindowNorm, 'apply', lambda *args: WindowNorm.forward(Context(), *args))
+    hooks = []
+    monkeypatch.setattr(torch.Tensor, 'register_post_accumulate_grad_hook', lambda _, hook: hooks.append(hook))
+    with FakeTensorMode() as mode, torch.no_grad():
+        model, fake = to_cuda(nn.Sequential(nn.Conv2d(3, 4, 3), CBN(4, window_size=3, **kind)), mode)
+        conv, norm = model
+        norm.diagnose = True
+        for _ in range(4):
+            model(fake(torch.empty(2, 3, 8, 8)))
+            conv.weight.grad = fake(torch.empty(conv.weight.shape))
+            for hook in hooks:
+                hook(conv.weight)
+        assert len(hooks) == (kind != dict(order=0))
+        with pytest.raises(DataDependentOutputException):
+            norm.diagnosis()
+
+
 @pytest.mark.parametrize('make', [nn.ConvTranspose2d, ConvWS2d, ConvAWS2d, Conv2dAdaptivePadding])
 def test_with_other_convolutions_it_never_waits_either(make, monkeypatch):
     monkeypatch.setattr(WindowNorm, 'apply', lambda *args: WindowNorm.forward(Context(), *args))

@@ -98,6 +98,10 @@ def test_there_is_no_window_during_burn_in_and_in_evaluation(batches):
     hook = RunAgainHook(burn_in_epochs=1, gradient=False, window_size=3)
     torch.testing.assert_close(gradients(model, batches, hook), gradients(plain, batches))
     hook.before_train_iter(SimpleNamespace(epoch=1), 0)
-    model(batches[0])
+    seen = []
+    model.backbone[0].register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    for x in batches[:2]:
+        model(x)
     model.eval()
-    assert len(model(batches[0])) == len(batches[0])
+    assert len(model(batches[0])) == 2
+    assert seen == [2, 4, 2]

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from string import Template
 
 import pytest
 from conftest import ROOT
@@ -433,15 +434,40 @@ def test_a_dry_run_prints_commands_for_every_row_and_runs_nothing(number, small,
             assert '--resume' in training and '--resume' not in evaluation
 
 
-DOCUMENTS = {name: (ROOT / name).read_text() for name in ('README.md', 'docs/reproduction.md')}
-COMMAND = re.compile(r'^ *python tools/reproduce\.py ((?:\\\n|[^#\n])*)', re.MULTILINE)
+DOCUMENTS = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for pattern in ('README.md', 'docs/*.md', 'configs/*/README.md')
+    for path in ROOT.glob(pattern)
+}
+COMMAND = re.compile(r'^ *(?:\w+=\S+ )?python (tools/\w+\.py)((?:\\\n|[^#\n])*)', re.MULTILINE)
 
 
-@pytest.mark.parametrize('arguments', sorted({found for text in DOCUMENTS.values() for found in COMMAND.findall(text)}))
+def commands_of_the_documents():
+    """Tool and arguments of each command. Variables of the shell have the values that the same page gives them."""
+    found = set()
+    for text in DOCUMENTS.values():
+        variables = dict(re.findall(r"^(\w+)='(.*)'$", text, re.MULTILINE))
+        for tool, arguments in COMMAND.findall(text):
+            found.add((tool, Template(arguments.replace('\\\n', ' ')).safe_substitute(variables).strip()))
+    return sorted(found)
+
+
+@pytest.mark.parametrize(
+    'arguments', [arguments for tool, arguments in commands_of_the_documents() if tool == 'tools/reproduce.py']
+)
 def test_the_commands_of_the_documents_can_be_run(arguments, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
-    code, text = reproduce(monkeypatch, capsys, *arguments.replace('\\\n', ' ').split(), '--dry-run')
-    assert code == 0 and ('/tools/train.py ' if '--gpus 1' in arguments else '/tools/dist_train.sh ') in text
+    code, text = reproduce(monkeypatch, capsys, *arguments.split(), '--dry-run')
+    assert code == 0 and ('tools/train.py ' if '--gpus 1' in arguments else '/tools/dist_train.sh ') in text
+
+
+@pytest.mark.parametrize('tool', sorted({tool for tool, _ in commands_of_the_documents()}))
+def test_the_tools_have_the_options_that_the_documents_use(tool, monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', [tool, '--help'])
+    with pytest.raises(SystemExit, match='0'):
+        runpy.run_path(str(ROOT / tool), run_name='__main__')
+    used = {o for other, a in commands_of_the_documents() if other == tool for o in re.findall(r'(?<!\S)--[a-z-]+', a)}
+    assert used <= set(re.findall(r'--[a-z-]+', capsys.readouterr().out))
 
 
 @pytest.mark.parametrize('name', DOCUMENTS)
