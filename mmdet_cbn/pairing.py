@@ -324,6 +324,4 @@ def why_unsupported(conv: _ConvNd) -> str | None:
         return f'{name} does not compute what torch.nn.{kind} does'
     if 'weight' not in conv._parameters:
         return 'its weight is computed anew in each forward (a parametrization, weight or spectral norm)'
-    if is_compiling() and forward in _PREPARING_FORWARDS:
-        return f'torch.compile does not show what {name} does to its weight or input'
     return None

@@ -10,6 +10,8 @@ import gc
 import pytest
 import torch
 from conftest import Net, runner_for
+from mmcv.cnn import ConvAWS2d, ConvWS2d
+from mmcv.cnn.bricks import Conv2dAdaptivePadding
 from mmdet.models.backbones import ResNet
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -119,10 +121,11 @@ def test_a_layer_that_cannot_see_its_convolution_says_so(kind):
 
 
 @BACKENDS
-def test_a_transposed_convolution_trains_as_without_it(backend):
+@pytest.mark.parametrize('make', [nn.ConvTranspose2d, ConvWS2d, ConvAWS2d, Conv2dAdaptivePadding])
+def test_other_convolutions_train_as_without_it(make, backend):
     torch.manual_seed(0)
     model = Level()
-    model.conv = nn.ConvTranspose2d(4, 4, 3, stride=2, bias=True)
+    model.conv = make(4, 4, 3, stride=2)
     twin = copy.deepcopy(model)
     compiled = torch.compile(model, fullgraph=BREAKS_NO_GRAPH, backend=backend)
     for net in (model, twin):  # torch < 2.8 needs a step before
