@@ -311,6 +311,20 @@ def test_the_slow_peer_computes_what_cbn_does():
     torch.testing.assert_close(*outputs)
 
 
+def test_operators_that_launch_a_kernel_are_counted():
+    x = torch.randn(2, 3)
+    with layers.OperatorCounter() as counter:
+        x.t()[1:].expand(2, 2, 2).detach()
+        torch.empty(3), x.new_empty(3), torch.empty_like(x), x.shape
+        assert counter.count == 0
+        x.mul_(2), x.copy_(x.neg()), x.t().reshape(6), torch.zeros(3)
+        assert counter.count == 5
+    shape = layers.Shape('small', (32, 32), 3, (2, 5, 5))
+    # Two convolutions, two times BatchNorm's kernel, and the count of batches.
+    assert layers.count_operators('BN', shape) == 5
+    assert layers.count_operators('Naive CBN', shape) < layers.count_operators('CBN', shape)
+
+
 @pytest.mark.parametrize('scope', cost.SCOPES)
 @pytest.mark.parametrize('kind', cost.KINDS_OF_CBN)
 def test_the_cost_is_measured_of_normalizers_that_can_be_built(scope, kind):

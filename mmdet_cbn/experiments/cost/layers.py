@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from mmengine.model import revert_sync_batchnorm
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ...layers.cbn import CBN
 from ...layers.gradient import GRADIENTS
@@ -83,6 +85,40 @@ def training_step(kind: str, shape: Shape, x: Tensor, dy: Tensor) -> Callable[[]
         torch.autograd.grad(norm(conv(x)), inputs, dy)
 
     return step
+
+
+class OperatorCounter(TorchDispatchMode):
+    """Counts the operators that compute something. On a GPU each of them launches a kernel, or more than one.
+
+    Attributes:
+        count (int): Without views, and without tensors that are made and not filled.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        taken, made = (
+            {leaf.untyped_storage()._cdata for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)}
+            for tree in ((args, kwargs), out)
+        )
+        makes_one = bool(made - taken) and 'empty' not in func._schema.name
+        self.count += makes_one or func._schema.is_mutable
+        return out
+
+
+def count_operators(kind: str, shape: Shape) -> int:
+    """Operators of a training step with a full window, as :class:`OperatorCounter` counts them on a CPU."""
+    batch, *size = shape.input
+    x = torch.randn(batch, shape.channels[0], *size, requires_grad=True)
+    step = training_step(kind, shape, x, torch.randn(batch, shape.channels[1], *size))
+    for _ in range(4):
+        step()
+    with OperatorCounter() as counter:
+        step()
+    return counter.count
 
 
 def time_layers(rounds: int, progress: Callable[[], None]) -> dict[str, dict[str, list[float]]]:
