@@ -5,8 +5,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 from mmengine.config import Config
+from mmengine.model import BaseModel
 from mmengine.registry import MODELS
 from torch import nn
 
@@ -86,6 +88,29 @@ def test_layers_without_a_full_window_are_a_finding(monkeypatch):
     monkeypatch.setattr(zoo, '_train', lambda model, data: None)
     row = zoo._try_config('family', 'name.py', Config(dict(model=dict(type='HardCoded'))), None)
     assert row.problem == 'order 1: RuntimeError: windows not full: layers.1'
+
+
+@MODELS.register_module()
+class NeedsLargeImages(BaseModel):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 4, 40), nn.BatchNorm2d(4))
+
+    def forward(self, images, mode):
+        return dict(loss=self.layers(images).sum())
+
+
+@pytest.mark.parametrize(('size', 'expected'), [(44, 44), (22, 44)])
+def test_images_that_are_too_small_are_doubled(size, expected):
+    images = zoo.Zoo('mmdet', bool, lambda config, count, size: dict(images=torch.randn(count, 3, size, size)))
+    data = zoo._data_that_trains(images, Config(dict(model=dict(type='NeedsLargeImages'))), 2, size)
+    assert data['images'].shape == (2, 3, expected, expected)
+
+
+def test_a_model_that_trains_on_neither_size_says_why():
+    images = zoo.Zoo('mmdet', bool, lambda config, count, size: dict(images=torch.randn(count, 3, size, size)))
+    with pytest.raises(RuntimeError, match='Kernel size'):
+        zoo._data_that_trains(images, Config(dict(model=dict(type='NeedsLargeImages'))), 2, 11)
 
 
 def test_labels_are_of_the_models_classes():

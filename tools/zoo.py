@@ -23,7 +23,12 @@ def main() -> None:
     parser.add_argument('families', nargs='*', help='folders of configs of the package (default: all)')
     parser.add_argument('--out', type=Path, required=True, metavar='DIR', help='folder to write to')
     parser.add_argument('--images', type=int, default=2, help='of a step (default: %(default)s)')
-    parser.add_argument('--size', type=int, default=128, help='of the images in pixels (default: %(default)s)')
+    parser.add_argument(
+        '--size',
+        type=int,
+        default=128,
+        help='of the images in pixels, doubled where a model needs it (default: %(default)s)',
+    )
     args = parser.parse_args()
     warnings.simplefilter('ignore')  # of other packages
     MMLogger.get_current_instance().setLevel(logging.ERROR)

@@ -18,7 +18,7 @@ import torch
 from mmengine.config import Config
 from mmengine.logging import MessageHub
 from mmengine.registry import MODELS, DefaultScope
-from mmengine.structures import PixelData
+from mmengine.structures import InstanceData, PixelData
 from torch import nn
 
 from ..layers.cbn import CBN
@@ -67,6 +67,7 @@ def _detection_data(config: Config, images: int, size: int) -> Any:
     classes = min(_values(config.model, 'num_classes'), default=80)
     for sample in data['data_samples']:
         sample.gt_instances.labels %= classes
+        sample.proposals = InstanceData(bboxes=sample.gt_instances.bboxes)  # for Fast R-CNN, which makes none
     return data
 
 
@@ -110,7 +111,7 @@ def survey(package: str, out: Path, families: Iterable[str] = (), images: int = 
         out: A JSON file of rows. Families that it has are not tried again. It is written after each family.
         families: Names of folders of configs; none for all.
         images: Of a step.
-        size: Height and width of the images, in pixels.
+        size: Height and width of the images, in pixels; twice that for models that do not train on it.
 
     Returns:
         All rows of the file, by family.
@@ -171,17 +172,29 @@ def _try_family(zoo: Zoo, folder: Path, images: int, size: int) -> Family:
                     continue
                 tries += 1
                 simplify(config.model)
-                data = zoo.make_data(config, images, size)
-                model = _build(config.model)
-                if not _batch_norms(model):
+                if not _batch_norms(_build(config.model)):
                     problem = 'no BatchNorm2d'
                     continue
-                _train(model, data)
+                data = _data_that_trains(zoo, config, images, size)
             except Exception as error:  # whatever a model of somebody else's needs that is not here
                 problem = f'does not train with BN here: {_shortened(error)}'
                 continue
             return _try_config(folder.name, path.name, config, data)
     return Family(folder.name, '', '', 0, {}, problem)
+
+
+def _data_that_trains(zoo: Zoo, config: Config, images: int, size: int) -> Any:
+    """Data on which the model trains with BN: twice as large if it is too small for it."""
+    for is_last, pixels in ((False, size), (True, 2 * size)):
+        data = zoo.make_data(config, images, pixels)
+        try:
+            _train(_build(config.model), data)
+        except Exception:
+            if is_last:
+                raise
+        else:
+            break
+    return data
 
 
 def _try_config(family: str, name: str, config: Config, data: Any) -> Family:
