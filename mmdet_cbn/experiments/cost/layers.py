@@ -7,7 +7,7 @@ import torch
 from mmengine.model import revert_sync_batchnorm
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 from ...layers.cbn import CBN
 from ...layers.gradient import GRADIENTS
@@ -101,7 +101,7 @@ class OperatorCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
         taken, made = (
-            {leaf.untyped_storage()._cdata for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)}
+            {leaf.untyped_storage()._cdata for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)}
             for tree in ((args, kwargs), out)
         )
         makes_one = bool(made - taken) and 'empty' not in func._schema.name
