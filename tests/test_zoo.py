@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -92,25 +93,33 @@ def test_layers_without_a_full_window_are_a_finding(monkeypatch):
 
 @MODELS.register_module()
 class NeedsLargeImages(BaseModel):
-    def __init__(self):
+    def __init__(self, kernel):
         super().__init__()
-        self.layers = nn.Sequential(nn.Conv2d(3, 4, 40), nn.BatchNorm2d(4))
+        self.layers = nn.Sequential(nn.Conv2d(3, 4, kernel), nn.BatchNorm2d(4))
 
     def forward(self, images, mode):
         return dict(loss=self.layers(images).sum())
 
 
-@pytest.mark.parametrize(('size', 'expected'), [(44, 44), (22, 44)])
-def test_images_that_are_too_small_are_doubled(size, expected):
+def data_that_trains(kernel, size):
     images = zoo.Zoo('mmdet', bool, lambda config, count, size: dict(images=torch.randn(count, 3, size, size)))
-    data = zoo._data_that_trains(images, Config(dict(model=dict(type='NeedsLargeImages'))), 2, size)
-    assert data['images'].shape == (2, 3, expected, expected)
+    config = Config(dict(model=dict(type='NeedsLargeImages', kernel=kernel)))
+    return zoo._data_that_trains(images, config, 2, size)['images']
 
 
-def test_a_model_that_trains_on_neither_size_says_why():
-    images = zoo.Zoo('mmdet', bool, lambda config, count, size: dict(images=torch.randn(count, 3, size, size)))
+@pytest.mark.parametrize(('size', 'expected'), [(44, 44), (22, 44), (11, 224)])
+def test_images_are_as_large_as_the_model_needs(size, expected):
+    assert data_that_trains(40, size).shape == (2, 3, expected, expected)
+
+
+def test_a_model_that_trains_on_no_size_says_why():
     with pytest.raises(RuntimeError, match='Kernel size'):
-        zoo._data_that_trains(images, Config(dict(model=dict(type='NeedsLargeImages'))), 2, 11)
+        data_that_trains(230, 100)
+
+
+def test_a_config_that_names_bn_is_tried_first():
+    names = ['vgg11_8xb32.py', 'vgg16bn_8xb32.py', 'vgg11bn_8xb32.py', 'vgg11bn.py']
+    assert sorted(map(Path, names), key=zoo._order) == [Path(names[i]) for i in (2, 1, 3, 0)]
 
 
 def test_labels_are_of_the_models_classes():

@@ -27,7 +27,7 @@ def main() -> None:
         '--size',
         type=int,
         default=128,
-        help='of the images in pixels, doubled where a model needs it (default: %(default)s)',
+        help='of the images in pixels, if the model needs no other (default: %(default)s)',
     )
     args = parser.parse_args()
     warnings.simplefilter('ignore')  # of other packages

@@ -111,7 +111,7 @@ def survey(package: str, out: Path, families: Iterable[str] = (), images: int = 
         out: A JSON file of rows. Families that it has are not tried again. It is written after each family.
         families: Names of folders of configs; none for all.
         images: Of a step.
-        size: Height and width of the images, in pixels; twice that for models that do not train on it.
+        size: Height and width of the images, in pixels; twice that, or 224, for models that do not train on it.
 
     Returns:
         All rows of the file, by family.
@@ -162,7 +162,7 @@ def _naive_cell(row: Family) -> str:
 def _try_family(zoo: Zoo, folder: Path, images: int, size: int) -> Family:
     tries = 0
     problem = 'no config of a single model'
-    for path in sorted(folder.glob('*.py'), key=lambda path: (not _SMALL.search(path.name), len(path.name), path.name)):
+    for path in sorted(folder.glob('*.py'), key=_order):
         if tries == TRIES:
             break
         with DefaultScope.overwrite_default_scope(zoo.package):
@@ -171,6 +171,8 @@ def _try_family(zoo: Zoo, folder: Path, images: int, size: int) -> Family:
                 if 'model' not in config or not zoo.has_model(config):
                     continue
                 tries += 1
+                if 'data_preprocessor' in config:  # mmpretrain's, which the Runner puts into the model
+                    config.model.setdefault('data_preprocessor', config.data_preprocessor)
                 simplify(config.model)
                 if not _batch_norms(_build(config.model)):
                     problem = 'no BatchNorm2d'
@@ -183,18 +185,23 @@ def _try_family(zoo: Zoo, folder: Path, images: int, size: int) -> Family:
     return Family(folder.name, '', '', 0, {}, problem)
 
 
+def _order(path: Path) -> tuple:
+    """Configs that name BN come first, then small ones."""
+    return 'bn' not in path.name, not _SMALL.search(path.name), len(path.name), path.name
+
+
 def _data_that_trains(zoo: Zoo, config: Config, images: int, size: int) -> Any:
-    """Data on which the model trains with BN: twice as large if it is too small for it."""
-    for is_last, pixels in ((False, size), (True, 2 * size)):
-        data = zoo.make_data(config, images, pixels)
+    """Data on which the model trains with BN. Some models need larger images, and some are for 224x224 alone."""
+    sizes = [size, 2 * size, 224]
+    while True:
+        data = zoo.make_data(config, images, sizes.pop(0))
         try:
             _train(_build(config.model), data)
         except Exception:
-            if is_last:
+            if not sizes:
                 raise
         else:
-            break
-    return data
+            return data
 
 
 def _try_config(family: str, name: str, config: Config, data: Any) -> Family:
@@ -246,25 +253,26 @@ def simplify(model: Any) -> None:
     """
     for part in dicts_in(model):
         for key, value in part.items():
-            if key == 'batch_augments' or (key in ('init_cfg', 'pretrained') and _names_a_file(value)):
+            if key == 'batch_augments' or (key in ('init_cfg', 'pretrained', 'teacher_ckpt') and _names_a_file(value)):
                 part[key] = None
         with MODELS.switch_scope_and_registry(None) as registry:
             kind = registry.get(part['type']) if isinstance(part.get('type'), str) else None
-        for key, value in dict(norm_eval=False, frozen_stages=-1).items():
-            # Some classes take it and do not name it; some have no -1, and freeze nothing with 0.
-            if part.get(key) or (key not in part and kind is not None and key in inspect.signature(kind).parameters):
-                part[key] = value
+        if part.get('frozen_stages'):  # 0 freezes nothing where -1 is not allowed
+            part['frozen_stages'] = -1
+        has_norm_eval = kind is not None and 'norm_eval' in inspect.signature(kind).parameters
+        if 'norm_eval' in part or has_norm_eval:
+            part['norm_eval'] = False
         if str(part.get('type')).endswith('SyncBN'):
             part['type'] = 'BN'
 
 
 def _names_a_file(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, dict) and value.get('type') == 'Pretrained')
+    return isinstance(value, str) or (isinstance(value, dict) and 'checkpoint' in value)
 
 
 def _build(model: Any) -> nn.Module:
     torch.manual_seed(0)
-    MessageHub.get_current_instance().update_info('iter', 0)  # as the Runner does; some models ask for it
+    MessageHub.get_current_instance().update_info_dict(dict(iter=0, epoch=0))  # as the Runner; some models ask for it
     built: Any = MODELS.build(copy.deepcopy(model))
     built.init_weights()
     for module in built.modules():
