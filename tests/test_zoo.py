@@ -81,8 +81,8 @@ def test_rows_tell_what_failed_and_with_which_variant(monkeypatch):
     monkeypatch.setattr(zoo, '_train', train)
     row = zoo._try_config('family', 'name.py', Config(dict(model=dict(type='HardCoded'))), None)
     assert row == ('family', 'name.py', 'conversion', 1, {'of a test': 1}, r'64 samples: RuntimeError: a \| b')
-    page = zoo.to_markdown([row, zoo.Family('other', '', '', 0, {}, 'no BatchNorm2d')])
-    assert page.startswith('0 of 1 families') and '| 1: of a test |' in page and '| other | no BatchNorm2d |' in page
+    page = zoo.to_markdown('mmdet', [row, zoo.Family('other', '', '', 0, {}, 'no BatchNorm2d')])
+    assert '\n0 of 1 families' in page and '| 1: of a test |' in page and '| other | no BatchNorm2d |' in page
 
 
 def test_layers_without_a_full_window_are_a_finding(monkeypatch):

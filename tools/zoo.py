@@ -36,7 +36,7 @@ def main() -> None:
         rows = survey(args.package, args.out / f'{args.package}.json', args.families, args.images, args.size)
     except ValueError as error:
         parser.error(str(error))
-    (args.out / f'{args.package}.md').write_text(to_markdown(rows), encoding='utf-8')
+    (args.out / f'{args.package}.md').write_text(to_markdown(args.package, rows), encoding='utf-8')
 
 
 if __name__ == '__main__':

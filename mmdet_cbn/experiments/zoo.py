@@ -134,8 +134,8 @@ def survey(package: str, out: Path, families: Iterable[str] = (), images: int = 
     return [rows[name] for name in sorted(rows)]
 
 
-def to_markdown(rows: Iterable[Family]) -> str:
-    """A table of the families that train with BN, and one of the others."""
+def to_markdown(package: str, rows: Iterable[Family]) -> str:
+    """A page: a table of the families that train with BN, and one of the others."""
     rows = list(rows)
     tried = [row for row in rows if row.layers]
     good = sum(not row.problem for row in tried)
@@ -143,7 +143,9 @@ def to_markdown(rows: Iterable[Family]) -> str:
     others = [[row.family, row.problem] for row in rows if not row.layers]
     return '\n'.join(
         [
-            f'{good} of {len(tried)} families that train with BN train with CBN.',
+            f'# The model zoo of {package} with CBN',
+            '',
+            f'{good} of {len(tried)} families that train with BN train with CBN, too. Measured by `tools/zoo.py`.',
             '',
             markdown.table(['family', 'config', 'CBN by', 'layers', 'of these naive, because', 'trains'], cells),
             '',
