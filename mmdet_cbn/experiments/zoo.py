@@ -251,7 +251,7 @@ def simplify(model: Any) -> None:
     """Let a config of a model train all of it, in place.
 
     Without files of weights, which would be downloaded; without SyncBN, which needs several GPUs; and without
-    augmentation of the batch, which makes images of another size.
+    augmentation and padding of the batch, which make images of another size.
     """
     for part in dicts_in(model):
         for key, value in part.items():
@@ -259,6 +259,8 @@ def simplify(model: Any) -> None:
                 part[key] = None
         with MODELS.switch_scope_and_registry(None) as registry:
             kind = registry.get(part['type']) if isinstance(part.get('type'), str) else None
+        if 'seg_pad_val' in part and part.get('size'):  # mmseg's preprocessor
+            part.update(size=None, size_divisor=1)
         if part.get('frozen_stages'):  # 0 freezes nothing where -1 is not allowed
             part['frozen_stages'] = -1
         has_norm_eval = kind is not None and 'norm_eval' in inspect.signature(kind).parameters
