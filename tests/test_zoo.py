@@ -15,6 +15,7 @@ from torch import nn
 
 from mmdet_cbn import CBN
 from mmdet_cbn.experiments import zoo
+from mmdet_cbn.layers.conversion import active_norms
 
 RESNET = dict(
     type='mmdet.ResNet',
@@ -83,6 +84,24 @@ def test_rows_tell_what_failed_and_with_which_variant(monkeypatch):
     assert row == ('family', 'name.py', 'conversion', 1, {'of a test': 1}, r'64 samples: RuntimeError: a \| b')
     page = zoo.to_markdown('mmdet', [row, zoo.Family('other', '', '', 0, {}, 'no BatchNorm2d')])
     assert '\n0 of 1 families' in page and '| 1: of a test |' in page and '| other | no BatchNorm2d |' in page
+
+
+def test_a_model_that_fails_by_its_norm_cfg_is_converted(monkeypatch):
+    def train(model, data):
+        for layer in active_norms(model, CBN).values():
+            if layer.window_size == 'auto':
+                raise RuntimeError('by norm_cfg')
+            layer.window_length = layer.window_size
+
+    def build(model):
+        torch.manual_seed(0)
+        return nn.Sequential(CBN(4, window_size='auto') if model['norm_cfg']['type'] == 'CBN' else nn.BatchNorm2d(4))
+
+    monkeypatch.setattr(zoo, '_train', train)
+    monkeypatch.setattr(zoo, '_build', build)
+    row = zoo._try_config('family', 'name.py', Config(dict(model=dict(norm_cfg=dict(type='BN')))), None)
+    assert row.how == 'conversion; by `norm_cfg`: order 1: RuntimeError: by norm_cfg'
+    assert row.layers == 1 and not row.problem
 
 
 def test_layers_without_a_full_window_are_a_finding(monkeypatch):

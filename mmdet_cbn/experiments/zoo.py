@@ -207,11 +207,18 @@ def _data_that_trains(zoo: Zoo, config: Config, images: int, size: int) -> Any:
 
 
 def _try_config(family: str, name: str, config: Config, data: Any) -> Family:
-    row = Family(family, name, '', 0, {}, '')
+    row = _try_way(Family(family, name, '', 0, {}, ''), config, data, by_norm_cfg=True)
+    if not row.problem or row.how == 'conversion':
+        return row
+    converted = _try_way(Family(family, name, '', 0, {}, ''), config, data, by_norm_cfg=False)
+    return row if converted.problem else converted._replace(how=f'conversion; by `norm_cfg`: {row.problem}')
+
+
+def _try_way(row: Family, config: Config, data: Any, by_norm_cfg: bool) -> Family:
     for variant, arguments in VARIANTS.items():
         arguments = dict(window_size=WINDOW_SIZE, unsupported='naive', **arguments)
         try:
-            model, how = with_cbn(config.model, arguments)
+            model, how = with_cbn(config.model, arguments, by_norm_cfg)
             layers = active_norms(model, CBN)
             row = row._replace(how=how, layers=len(layers))
             _train(model, data)
@@ -224,18 +231,19 @@ def _try_config(family: str, name: str, config: Config, data: Any) -> Family:
     return row
 
 
-def with_cbn(model: Any, arguments: dict[str, Any]) -> tuple[nn.Module, str]:
+def with_cbn(model: Any, arguments: dict[str, Any], by_norm_cfg: bool = True) -> tuple[nn.Module, str]:
     """Build a model with CBN: by its ``norm_cfg``, and by conversion where it has no ``norm_cfg`` of BN.
 
     Args:
         model: Its config, which does not change.
         arguments: Of CBN.
+        by_norm_cfg: False for conversion alone.
 
     Returns:
         The model, and which of the two was needed.
     """
     model = copy.deepcopy(model)
-    for part in dicts_in(model):
+    for part in dicts_in(model) if by_norm_cfg else ():
         for key, value in part.items():
             if 'norm_cfg' in key and isinstance(value, dict) and value.get('type') == 'BN':
                 part[key] = {**value, **arguments, 'type': 'CBN'}
