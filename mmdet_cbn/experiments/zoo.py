@@ -315,4 +315,4 @@ def _values(config: Any, name: str) -> list[int]:
 
 def _shortened(error: Exception) -> str:
     (line, *_) = str(error).splitlines() or ['']
-    return f'{type(error).__name__}: {line[:200]}'.replace('|', '\\|')
+    return f'{type(error).__name__}: {" ".join(line.split())[:200]}'.replace('|', '\\|')
