@@ -71,6 +71,13 @@ KINDS: dict[str, Callable[[int, nn.Conv2d], nn.Module]] = {
 }
 
 
+def _tensors(shape: Shape) -> tuple[Tensor, Tensor]:
+    """An input, and a gradient of the output."""
+    batch, *size = shape.input
+    x = torch.randn(batch, shape.channels[0], *size, requires_grad=True)
+    return x, torch.randn(batch, shape.channels[1], *size)
+
+
 def training_step(kind: str, shape: Shape, x: Tensor, dy: Tensor) -> Callable[[], None]:
     """Forward and backward of a convolution and normalizer of its own, k = 4.
 
@@ -111,9 +118,7 @@ class OperatorCounter(TorchDispatchMode):
 
 def count_operators(kind: str, shape: Shape) -> int:
     """Operators of a training step with a full window, as :class:`OperatorCounter` counts them on a CPU."""
-    batch, *size = shape.input
-    x = torch.randn(batch, shape.channels[0], *size, requires_grad=True)
-    step = training_step(kind, shape, x, torch.randn(batch, shape.channels[1], *size))
+    step = training_step(kind, shape, *_tensors(shape))
     for _ in range(4):
         step()
     with OperatorCounter() as counter:
@@ -126,9 +131,7 @@ def time_layers(rounds: int, progress: Callable[[], None]) -> dict[str, dict[str
     step, ``(rounds + 5) * len(SHAPES) * len(KINDS)`` times."""
     seconds = {}
     for shape in SHAPES:
-        batch, *size = shape.input
-        x = torch.randn(batch, shape.channels[0], *size, requires_grad=True)
-        dy = torch.randn(batch, shape.channels[1], *size)
+        x, dy = _tensors(shape)
         steps = [training_step(kind, shape, x, dy) for kind in KINDS]
         times = time_in_alternation(steps, rounds, warmup=5, progress=progress)
         seconds[shape.name] = dict(zip(KINDS, times, strict=True))
