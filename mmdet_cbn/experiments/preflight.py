@@ -33,13 +33,12 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import CheckpointLoader, checkpoint
 from torch import distributed, multiprocessing, nn
-from torch.autograd import DeviceType
 from torch.nn.parallel import DistributedDataParallel
-from torch.profiler import ProfilerActivity, profile
 
 from ..layers.cbn import CBN
 from ..openmmlab.tools import leave_process_group
 from .cost.detectors import Detector, Settings, make_inputs, time_in_alternation
+from .cost.layers import count_kernels
 from .cost.storage import StorageCounter
 from .oracle import deviation, loss_of
 from .paper.coco import COCO
@@ -296,10 +295,7 @@ def check_waiting(machine: Machine) -> Iterator[Result]:
                 step()
         except RuntimeError as error:
             waits.append(f'{kind}: {_first_line(error)}')
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-            step()
-            torch.cuda.synchronize()
-        kernels[kind] = sum(event.device_type == DeviceType.CUDA for event in profiler.events())
+        kernels[kind] = count_kernels(step)
     if waits:
         advice = 'Training works, but slower than it could be. Please report this table as an issue.'
         yield Result('no waiting for the GPU', 'NOT OK', '; '.join(waits), advice)

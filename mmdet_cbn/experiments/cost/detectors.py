@@ -99,6 +99,11 @@ class Settings:
     def on_cuda(self) -> bool:
         return self.device != 'cpu'
 
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was given."""
+        if self.on_cuda:
+            torch.cuda.synchronize(self.device)
+
     def described(self) -> dict[str, Any]:
         """The settings, and the machine and software under them."""
         if self.on_cuda:
@@ -302,10 +307,6 @@ def benchmark(configs: Sequence[Config], settings: Settings) -> dict[str, Any]:
     num_classes = min((number for number in numbers if isinstance(number, int)), default=1)
     inputs, image = (make_inputs(count, settings.size, num_classes) for count in (settings.batch_size, 1))
 
-    def synchronize() -> None:
-        if settings.on_cuda:
-            torch.cuda.synchronize(settings.device)
-
     if settings.on_cuda:
         torch.cuda.set_device(torch.device(settings.device).index or 0)
         x = torch.ones(1, 1, device=settings.device, requires_grad=True)
@@ -324,7 +325,9 @@ def benchmark(configs: Sequence[Config], settings: Settings) -> dict[str, Any]:
             if phase == 'inference' and settings.fuse:
                 row['folded'] = detector.fuse()
         steps = [getattr(detector, step) for detector in detectors]
-        seconds = np.array(time_in_alternation(steps, settings.rounds, settings.warmup, synchronize, bar.update))
+        seconds = np.array(
+            time_in_alternation(steps, settings.rounds, settings.warmup, settings.synchronize, bar.update)
+        )
         for row, own in zip(rows, seconds, strict=True):
             row[f'{phase}_seconds'] = own.tolist()
             row[f'{phase}_speed'] = quartiles(1 / own)

@@ -6,12 +6,14 @@ from typing import Any, NamedTuple
 import torch
 from mmengine.model import revert_sync_batchnorm
 from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from ...layers.cbn import CBN
 from ...layers.gradient import GRADIENTS
-from .detectors import time_in_alternation
+from .detectors import Settings, time_in_alternation
 
 
 class Shape(NamedTuple):
@@ -69,6 +71,8 @@ KINDS: dict[str, Callable[[int, nn.Conv2d], nn.Module]] = {
     'CBN, 64 samples': _cbn(samples=64),
     **{f'CBN, gradient {kind}': _cbn(gradient=kind) for kind in GRADIENTS},
 }
+_COMPILED = {f'{kind}, compiled': kind for kind in ('BN', 'CBN', 'CBN, 64 samples')}  # by torch.compile
+KINDS.update({compiled: KINDS[kind] for compiled, kind in _COMPILED.items()})
 
 
 def _tensors(shape: Shape) -> tuple[Tensor, Tensor]:
@@ -85,11 +89,13 @@ def training_step(kind: str, shape: Shape, x: Tensor, dy: Tensor) -> Callable[[]
     """
     torch.manual_seed(0)
     conv = nn.Conv2d(*shape.channels, shape.kernel, padding=shape.kernel // 2, bias=False)
-    norm = KINDS[kind](shape.channels[1], conv)
-    inputs = [x, *conv.parameters(), *norm.parameters()]
+    model = nn.Sequential(conv, KINDS[kind](shape.channels[1], conv))
+    inputs = [x, *model.parameters()]
+    if kind in _COMPILED:
+        model.compile(dynamic=False)
 
     def step() -> None:
-        torch.autograd.grad(norm(conv(x)), inputs, dy)
+        torch.autograd.grad(model(x), inputs, dy)
 
     return step
 
@@ -126,13 +132,35 @@ def count_operators(kind: str, shape: Shape) -> int:
     return counter.count
 
 
-def time_layers(rounds: int, progress: Callable[[], None]) -> dict[str, dict[str, list[float]]]:
-    """Seconds of each round by name of the shape and kind, all kinds in alternation. ``progress`` is called after each
-    step, ``(rounds + 5) * len(SHAPES) * len(KINDS)`` times."""
-    seconds = {}
-    for shape in SHAPES:
-        x, dy = _tensors(shape)
-        steps = [training_step(kind, shape, x, dy) for kind in KINDS]
-        times = time_in_alternation(steps, rounds, warmup=5, progress=progress)
-        seconds[shape.name] = dict(zip(KINDS, times, strict=True))
-    return seconds
+def count_kernels(step: Callable[[], Any]) -> int:
+    """What ``step`` launches on a GPU: kernels, and copies and fills of memory."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        step()
+        torch.cuda.synchronize()
+    return sum(event.device_type == DeviceType.CUDA for event in profiler.events())
+
+
+def measure_layers(
+    rounds: int, settings: Settings, progress: Callable[[], None]
+) -> tuple[dict[str, dict[str, list[float]]], dict[str, dict[str, int]]]:
+    """Training steps on the device of ``settings``, by name of the shape and kind.
+
+    Args:
+        rounds: Timed steps of each kind.
+        settings: Of which the device is read.
+        progress: Called after each timed step and warmup, ``(rounds + 5) * len(SHAPES) * len(KINDS)`` times.
+
+    Returns:
+        Seconds of each round, all kinds in alternation; and the kernels of a step, empty for a CPU.
+    """
+    seconds, kernels = {}, {}
+    with torch.device(settings.device):
+        for shape in SHAPES:
+            torch._dynamo.reset()  # it compiles one function only so often
+            x, dy = _tensors(shape)
+            steps = {kind: training_step(kind, shape, x, dy) for kind in KINDS}
+            times = time_in_alternation(list(steps.values()), rounds, 5, settings.synchronize, progress)
+            seconds[shape.name] = dict(zip(KINDS, times, strict=True))
+            if settings.on_cuda:
+                kernels[shape.name] = {kind: count_kernels(step) for kind, step in steps.items()}
+    return seconds, kernels

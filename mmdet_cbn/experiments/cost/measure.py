@@ -2,6 +2,7 @@
 
 import gc
 import sys
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +24,7 @@ from .detectors import (
     quartiles,
     time_in_alternation,
 )
-from .layers import KINDS, SHAPES, count_operators, time_layers
+from .layers import KINDS, SHAPES, count_operators, measure_layers
 from .storage import StorageCounter
 
 SCOPES = {'heads': 'mask-rcnn_r50_fpn_cbn-head_1x_coco', 'all': 'mask-rcnn_r50_fpn_cbn-all_1x_coco'}
@@ -103,12 +104,16 @@ def layer_rows(times: dict[str, dict[str, list[float]]]) -> list[Target]:
     ]
 
 
-def operator_rows() -> list[Target]:
-    counts = {kind: max(count_operators(kind, shape) for shape in SHAPES) for kind in ('BN', 'CBN', 'CBN, 64 samples')}
-    name, remark = 'convolution and norm, operators of a step,', f'BN {counts["BN"]}'
+def launch_rows(kernels: dict[str, dict[str, int]]) -> list[Target]:
+    """Operators of a layer, and its kernels where a GPU has counted them."""
+    kinds = ('BN', 'CBN', 'CBN, 64 samples')
+    counts = {'operators': {kind: max(count_operators(kind, shape) for shape in SHAPES) for kind in kinds}}
+    if kernels:
+        counts['kernels'] = {kind: max(of_shape[kind] for of_shape in kernels.values()) for kind in kinds}
     return [
-        at_most(f'{name} first order, worst shape', 30, counts['CBN'], remark),
-        at_most(f'{name} sampled, worst shape', 35, counts['CBN, 64 samples'], remark),
+        at_most(f'convolution and norm, {what} of a step, {kind}, worst shape', most, count[key], f'BN {count["BN"]}')
+        for what, count in counts.items()
+        for kind, key, most in (('first order', 'CBN', 30), ('sampled', 'CBN, 64 samples', 35))
     ]
 
 
@@ -119,6 +124,10 @@ def layer_table(times: dict[str, dict[str, list[float]]]) -> str:
         for shape, seconds in times.items()
     ]
     return table(['shape', 'BN, ms', *others], rows)
+
+
+def kernel_table(kernels: dict[str, dict[str, int]]) -> str:
+    return table(['shape', *KINDS], [[shape, *of_shape.values()] for shape, of_shape in kernels.items()])
 
 
 def feeding_convolutions(detector: Detector) -> list[tuple[CBN, nn.Conv2d, int]]:
@@ -181,11 +190,11 @@ def step_rows(
     ]
 
 
-def window_rows(scope: str) -> list[Target]:
+def window_rows(scope: str, settings: Settings) -> list[Target]:
     """Bytes that the windows hold for an old iteration, in weights of the convolutions."""
     rows = []
     for kind, most in (('first order', 1.1), ('sampled', 0.3)):
-        detector = detector_of(scope, kind)
+        detector = detector_of(scope, kind, settings)
         detector.fill_window()
         layers = feeding_convolutions(detector)
         held = [
@@ -197,9 +206,9 @@ def window_rows(scope: str) -> list[Target]:
     return rows
 
 
-def inference_rows(rounds: int) -> list[Target]:
+def inference_rows(settings: Settings) -> list[Target]:
     """CBN throughout, in evaluation, with BN's checkpoint."""
-    bn, cbn = detectors = [detector_of('all', kind) for kind in ('BN', 'first order')]
+    bn, cbn = detectors = [detector_of('all', kind, settings) for kind in ('BN', 'first order')]
     for _ in range(3):
         bn.train_step()  # for running statistics that are not 0 and 1
     cbn.model.load_state_dict(bn.model.state_dict())
@@ -212,7 +221,8 @@ def inference_rows(rounds: int) -> list[Target]:
                 detector.fuse()
             predictions.append(detector.test_step()[0].pred_instances)
         equal = all(torch.equal(value, predictions[1][key]) for key, value in predictions[0].items())
-        seconds = time_in_alternation([detector.test_step for detector in detectors], rounds, warmup=2)
+        steps = [detector.test_step for detector in detectors]
+        seconds = time_in_alternation(steps, 2 * settings.rounds, warmup=2, synchronize=settings.synchronize)
         rows.append(
             at_most(f'{name}: time / BN', 1.02, np.divide(seconds[1], seconds[0]), 'equal' if equal else 'UNEQUAL')
         )
@@ -220,50 +230,50 @@ def inference_rows(rounds: int) -> list[Target]:
     return rows
 
 
-def detector_of(scope: str, kind: str) -> Detector:
+def detector_of(scope: str, kind: str, settings: Settings) -> Detector:
     """With inputs of a size whose smallest map has more than 64 positions."""
     one = make_inputs(1, SMALL, NUM_CLASSES)
-    return Detector(config_of(scope, kind), Settings('cpu', SMALL, 1), one, one)
+    return Detector(config_of(scope, kind), settings, one, one)
 
 
-def measure_cost(rounds: int, layer_rounds: int, size: tuple[int, int]) -> tuple[str, dict[str, Any]]:
+def measure_cost(settings: Settings, layer_rounds: int) -> tuple[str, dict[str, Any]]:
     """Measure all, with progress bars on stderr.
 
     Args:
-        rounds: Timed steps of each detector.
+        settings: Of the detectors whose steps are timed.
         layer_rounds: Timed steps of each single layer.
-        size: Width and height of the detectors' images, in pixels.
 
     Returns:
         The page in Markdown, and all that was measured as plain data.
     """
     bar = ProgressBar(len(SHAPES) * len(KINDS) * (layer_rounds + 5), file=sys.stderr)
-    layers = time_layers(layer_rounds, bar.update)
-    found = layer_rows(layers) + operator_rows()
-    settings, paper = (Settings('cpu', size, batch_size, rounds, 1) for batch_size in (1, 4))
-    raw: dict[str, Any] = dict(settings=settings.described(), layers=layers)
+    layers, kernels = measure_layers(layer_rounds, settings, bar.update)
+    found = layer_rows(layers) + launch_rows(kernels)
+    paper = replace(settings, batch_size=4)
+    raw: dict[str, Any] = dict(settings=settings.described(), layers=layers, kernels=kernels)
     for scope in SCOPES:
         configs = {kind: config_of(scope, kind) for kind in KINDS_OF_CBN}
         results = dict(zip(configs, benchmark(list(configs.values()), settings)['rows'], strict=True))
         peaks = {kind: peak_memory(configs[kind], paper) for kind in ('BN', 'first order', 'batch', 'sampled')}
-        one = make_inputs(1, settings.size, NUM_CLASSES)
+        inputs = make_inputs(settings.batch_size, settings.size, NUM_CLASSES)
         gradients = sum(
-            flops for *_, flops in feeding_convolutions(Detector(configs['first order'], settings, one, one))
+            flops for *_, flops in feeding_convolutions(Detector(configs['first order'], settings, inputs, inputs))
         )
-        found += step_rows(scope, results, peaks, gradients) + window_rows(scope)
+        found += step_rows(scope, results, peaks, gradients) + window_rows(scope, settings)
         raw[scope] = dict(results=results, peaks=peaks, weight_gradient_flops=gradients)
-    found += inference_rows(2 * rounds)
+    found += inference_rows(settings)
     raw['rows'] = [row._asdict() for row in found]
 
-    where = '{device_name}, {threads} threads, torch {torch}'.format(**raw['settings'])
+    where = '{device_name}, {threads} CPU threads, torch {torch}'.format(**raw['settings'])
     width, height = settings.size
+    images = f'{settings.batch_size} for times and FLOPs, 4 for memory' if settings.batch_size != 4 else '4'
     page = (
         f'Measured by `tools/cost.py` on {where}. Times are medians (first to third quartile) over rounds in which '
         'all kinds take turns. Operators are counted on a CPU, without views; on a GPU each launches one kernel '
-        f'or more. The detector is Mask R-CNN R50 FPN with 4conv1fc heads, k = 4, on images of {width}x{height}: 1 '
-        'for times and FLOPs, 4 for memory (the most bytes that tensors hold at one time). "First order" is '
-        '`order=1` and "sampled" is `samples=64`, both with the default gradient if no other is named. "Heads" is '
-        'CBN in FPN and heads, "all" in the backbone too.\n\n'
+        f'or more. The detector is Mask R-CNN R50 FPN with 4conv1fc heads, k = 4, on images of {width}x{height}: '
+        f'{images}. Memory is the most bytes that tensors hold at one time. "First order" is `order=1` and "sampled" '
+        'is `samples=64`, both with the default gradient if no other is named. "Heads" is CBN in FPN and heads, '
+        '"all" in the backbone too.\n\n'
         + table(
             ['measure', 'target', 'measured', 'met'],
             [[row.measure, row.target, row.measured, 'yes' if row.met else 'no'] for row in found],
@@ -271,5 +281,6 @@ def measure_cost(rounds: int, layer_rounds: int, size: tuple[int, int]) -> tuple
         + '\n\nOne convolution and its normalizer, forward and backward, time / BN:\n\n'
         + layer_table(layers)
         + '\n'
+        + (f'\nKernels of such a step, with copies and fills of memory:\n\n{kernel_table(kernels)}\n' * bool(kernels))
     )
     return page, raw
