@@ -1,4 +1,4 @@
-"""What torch 2.1 to 2.7 lack, each thing with the version that brought it: what here is older than ours can be deleted.
+"""What torch 2.1 to 2.12 lack, each with the version that brought it. What here is older than ours can be deleted.
 
 The restricted unpickler of torch 2.1 to 2.5 is in :mod:`mmdet_cbn.openmmlab.old_unpickler`.
 """
@@ -18,11 +18,12 @@ _TORCH = Version(torch.__version__).release
 #: The restricted unpickler cannot be told of further types, and a hook on the calls of all modules gets no keyword
 #: arguments.
 IS_BEFORE_2_6 = _TORCH < (2, 6)
-#: An operator for the compiler has no tags, so a CUDA graph would repeat what the window did in one step. Therefore no
-#: operator is made, and layers that train stay out of graphs.
-IS_BEFORE_2_8 = _TORCH < (2, 8)
+#: While it traces, the compiler hands no module to a function. Before 2.8 an operator has no tags either, so a CUDA
+#: graph would repeat what the window did in one step. Therefore no operator is made, and layers that train stay out of
+#: graphs.
+IS_BEFORE_2_13 = _TORCH < (2, 13)
 
-if not IS_BEFORE_2_8:
+if not IS_BEFORE_2_13:
     custom_op: Callable = torch.library.custom_op
     is_compiling = torch.compiler.is_compiling
 
@@ -52,7 +53,7 @@ else:
 
 def outside_graphs_in_training(forward: Function) -> Function:
     """A module's ``forward``; if it is in training, as :func:`outside_graphs` makes it."""
-    if not IS_BEFORE_2_8:
+    if not IS_BEFORE_2_13:
         return forward
     in_training = outside_graphs(forward)
 

@@ -12,7 +12,7 @@ from mmdet.models.backbones import ResNet
 from mmengine.evaluator import BaseMetric
 
 from mmdet_cbn import CBN
-from mmdet_cbn.old_torch import IS_BEFORE_2_8
+from mmdet_cbn.old_torch import IS_BEFORE_2_13
 
 KINDS = pytest.mark.parametrize(
     'kind', [dict(), dict(order=0), dict(order=2), dict(samples=8), dict(gradient='window')], ids=str
@@ -164,7 +164,7 @@ def test_the_size_of_the_radial_part_of_the_gradient_is_that_of_the_convolutions
     torch.manual_seed(0)
     conv, norm = model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), CBN(4, window_size=3))
     norm.diagnose = True
-    call = torch.compile(model, backend='aot_eager') if compiled and not IS_BEFORE_2_8 else model
+    call = torch.compile(model, backend='aot_eager') if compiled and not IS_BEFORE_2_13 else model
     found, weight = [], conv.weight
     for step in range(8):
         if step == 4:

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from ..arguments import check_bool, check_choice, check_int, check_names, shown
 from ..compensation import drop_inf_and_nan, make_compensation
 from ..errors import refuse_data_parallel, title_of
-from ..old_torch import IS_BEFORE_2_8, is_compiling, outside_graphs_in_training
+from ..old_torch import IS_BEFORE_2_13, is_compiling, outside_graphs_in_training
 from ..pairing import ConvCall, ConvFinder, claim_call, why_unsupported
 from ..window.calls import CallWindows, is_recomputing
 from .batch_renorm import BRN
@@ -35,10 +35,10 @@ _REMEDY = (
     "Use order=0 (Naive CBN), which needs no convolution, or type='BN', in the norm_cfg of this layer; or "
     "unsupported='naive', for order=0 in all such layers; or call the layer as norm(conv(x)) with a torch.nn.Conv2d."
 )
-if IS_BEFORE_2_8:
+if IS_BEFORE_2_13:
     _REMEDY += (
-        ' Under torch.compile the layer does not see the call: train one step without torch.compile before, or use '
-        'torch >= 2.8.'
+        ' Under torch.compile the layer may not see the call: train one step without torch.compile before, or use '
+        'torch >= 2.13.'
     )
 
 
@@ -117,7 +117,7 @@ class CBN(nn.BatchNorm2d):
         RuntimeError: In training: the input has another number of channels; ``torch.nn.DataParallel`` replicates the
             layer; it is unknown which call of a checkpointed block runs again; ``window_size`` is still ``'auto'``;
             under ``torch.export``. In the first training forward with ``order`` 1 or 2 and ``unsupported='error'``: no
-            supported convolution feeds the layer, or torch < 2.8 compiles it.
+            supported convolution feeds the layer, or torch < 2.13 compiles it.
     """
 
     def __init__(

@@ -2,7 +2,7 @@
 
 That part is an operator. So the layer breaks no graph, and the compiler makes no new graph when the window fills or
 turns. While a graph is made, it is settled which convolution feeds the layer. The normalization itself, forward and
-backward, is compiled. With torch < 2.8 the layer is no part of a graph in training, and nothing here is called.
+backward, is compiled. With torch < 2.13 the layer is no part of a graph in training, and nothing here is called.
 """
 
 from collections.abc import Callable
