@@ -11,6 +11,7 @@ import torch
 from mmengine.config import Config
 from mmengine.config import utils as config_utils
 from mmengine.dataset import DefaultSampler
+from mmengine.device import utils as device_utils
 from mmengine.model import BaseModel
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
@@ -42,7 +43,7 @@ class Net(BaseModel):
 def runner_for(tmp_path, model, hook, epochs=4, batch_size=1, train_cfg=None, momentum=0.9, **kwargs):
     """A Runner that trains ``model`` on four images, which are four iterations an epoch. ``hook`` may be several."""
     generator = torch.Generator().manual_seed(0)
-    images = [dict(inputs=torch.randn(3, 6, 6, generator=generator)) for _ in range(4)]
+    images = [dict(inputs=torch.randn(3, 6, 6, generator=generator, device='cpu')) for _ in range(4)]
     return Runner(
         model=model,
         work_dir=str(tmp_path),
@@ -87,6 +88,13 @@ def device(request):
     """Each device of this machine. What a test makes is made there, if it names no other."""
     with torch.device(request.param), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
         yield request.param
+
+
+@pytest.fixture
+def trains_on_cpu(monkeypatch):
+    """Where Runners train, those of new processes too. Trainings on a GPU are not equal bit for bit."""
+    monkeypatch.setattr(device_utils, 'DEVICE', 'cpu')
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
 
 
 @pytest.fixture(autouse=True)

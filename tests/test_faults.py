@@ -22,6 +22,7 @@ from mmdet_cbn.openmmlab.monkey_patches import safe_runner
 
 PROCESSES = multiprocessing.get_context('forkserver')
 PROCESSES.set_forkserver_preload(['mmdet_cbn.experiments.data.varied'])  # and with it all that takes seconds to import
+pytestmark = pytest.mark.usefixtures('trains_on_cpu')
 
 
 class MortalNet(Net):

@@ -117,6 +117,7 @@ def mixed():
     return model.double()
 
 
+@pytest.mark.usefixtures('trains_on_cpu')
 @pytest.mark.parametrize(('make', 'looked_at'), [(Chain, {'1', '2', '3', '4'}), (mixed, {'1'})])
 @pytest.mark.parametrize('kind', [GradientRatioHook, StatisticsFidelityHook])
 def test_the_training_goes_on_as_without_it(tmp_path, kind, make, looked_at):

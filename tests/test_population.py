@@ -10,6 +10,8 @@ from torch import nn
 from mmdet_cbn import CBN
 from mmdet_cbn.experiments.study.population import PopulationStatisticsHook
 
+pytestmark = pytest.mark.usefixtures('trains_on_cpu')
+
 
 def train(tmp_path, *hooks):
     torch.manual_seed(0)

@@ -430,7 +430,7 @@ def test_a_damaged_window_file_is_refused_by_name_and_the_layer_starts_anew(fold
         file.write(data)
     loaded = CBN(3, window_size=3, **kind)
     try:
-        window_file.load(path, {'norm': loaded}, {'norm'}, 3, torch.device('cpu'))
+        window_file.load(path, {'norm': loaded}, {'norm'}, 3)
     except RuntimeError as error:
         assert str(error).startswith(f'{path} was not loaded')
         assert not loaded.windows.current and loaded.window_state()['windows'] == [dict(kind=None)]

@@ -213,6 +213,7 @@ def train_in_one_of_two_processes(rank, folder):
     leave_process_group()
 
 
+@pytest.mark.usefixtures('trains_on_cpu')
 def test_it_switches_inside_distributed_data_parallel(tmp_path):
     """Two processes; buffers are not broadcast, as in mmengine, so it is the normalizer that joins the statistics."""
     multiprocessing.spawn(train_in_one_of_two_processes, (tmp_path,), nprocs=2)

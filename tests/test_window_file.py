@@ -156,6 +156,17 @@ def test_windows_are_copied_to_the_cpu():
     assert {tensor.device.type for tensor in [*copied, *state['tensors'].values()]} == {'cpu'}
 
 
+@pytest.mark.parametrize('affine', [False, True])
+def test_windows_return_to_the_device_of_the_layer(affine):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), CBN(4, window_size=3, affine=affine))
+    for _ in range(2):
+        model(torch.randn(2, 3, 8, 8))
+    layer = CBN(4, window_size=3, affine=affine, device='meta')
+    layer.load_window_state(model[1].window_state())
+    assert len(layer.windows.current) == 2
+    assert {tensor.device.type for tensor in layer.windows.current.stacked()} == {'meta'}
+
+
 def test_without_the_option_no_file_is_written(tmp_path):
     train(tmp_path, hook=dict(HOOK, save_window=False), epochs=2)
     assert not list(tmp_path.glob('*window*'))

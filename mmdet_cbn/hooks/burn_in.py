@@ -195,7 +195,7 @@ class CBNBurnInHook(Hook):
             runner.logger.warning(f'CBN: {path} is missing, so the windows fill anew, within k iterations.')
             return
         layers, names = self._layers, dict(model_of(runner).named_modules()).keys()
-        count = window_file.load(path, layers, names, runner.iter, next(runner.model.parameters()).device)
+        count = window_file.load(path, layers, names, runner.iter)
         runner.logger.info(f'CBN: the windows of {count} of {len(layers)} layers are those of {path}.')
 
     def _done(self, runner: Runner) -> int:

@@ -402,7 +402,7 @@ class CBN(nn.BatchNorm2d):
         return dict(order=self.order, windows=self.windows.state(), compensation=self.compensation.state())
 
     def load_window_state(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`window_state` returned.
+        """Restore what :meth:`window_state` returned, on the device of the layer.
 
         Raises:
             ValueError, TypeError, KeyError: The state is something else, or of a layer with other arguments.
@@ -410,7 +410,8 @@ class CBN(nn.BatchNorm2d):
         self.forget_window()
         if state.get('order') == 0 and self.unsupported == 'naive':
             self._become_naive('it was, when its window was saved')
-        self.windows.load(state['windows'], self.compensation.Statistics)
+        place = next((tensor for tensor in (self.weight, self.running_mean) if tensor is not None), self._bad_batches)
+        self.windows.load(state['windows'], self.compensation.Statistics, place.device)
         for window in self.windows:
             old = window.stacked()
             if old is not None and not self.compensation.could_keep(old, self.num_features):

@@ -198,13 +198,13 @@ class CallWindows:
         """What :meth:`load` restores: plain data and copies of the tensors, on the CPU."""
         return [window.state() for window in self]
 
-    def load(self, state: list[dict[str, Any]], kind: type) -> None:
-        """Restore what :meth:`state` returned, of statistics of type ``kind``.
+    def load(self, state: list[dict[str, Any]], kind: type, device: torch.device) -> None:
+        """Restore what :meth:`state` returned, of statistics of type ``kind``, on ``device``.
 
         Raises:
             ValueError: The state is of windows of another capacity, or of other statistics.
         """
         windows: list[Window] = [Window(self._capacity) for _ in state]
         for window, its_state in zip(windows, state, strict=True):
-            window.load(its_state, kind)
+            window.load(its_state, kind, device)
         self._windows, self.current = windows, windows[0]

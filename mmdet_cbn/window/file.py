@@ -50,7 +50,7 @@ def remove_orphans(folder: str, rank: int) -> None:
             fileio.remove(path)
 
 
-def load(path: str, layers: Mapping[str, Layer], names: Set[str], iteration: int, device: torch.device) -> int:
+def load(path: str, layers: Mapping[str, Layer], names: Set[str], iteration: int) -> int:
     """Load the windows of a file into ``layers``, by their names. The file cannot run code.
 
     A layer that has no window in the file gets an empty one: it was not a CBN yet when the file was saved.
@@ -60,7 +60,6 @@ def load(path: str, layers: Mapping[str, Layer], names: Set[str], iteration: int
         layers: The CBN layers of the model in training, by name.
         names: Of all modules of the model. The windows of layers that are not in ``layers`` are left out.
         iteration: How many iterations were trained.
-        device: Where the layers are.
 
     Returns:
         How many layers have their window from the file.
@@ -74,7 +73,7 @@ def load(path: str, layers: Mapping[str, Layer], names: Set[str], iteration: int
         if not zipfile.is_zipfile(data):  # torch would take it for its format of before 1.6, which has no check sums
             raise ValueError('it ends too early, or is no file of torch')
         data.seek(0)
-        saved = restricted_torch_load(data, map_location=device)
+        saved = restricted_torch_load(data, map_location='cpu')
         if not isinstance(saved, dict) or set(saved) != {'iteration', 'windows'} or saved['windows'].keys() - names:
             raise ValueError('it belongs to other layers')
         if saved['iteration'] != iteration:

@@ -84,12 +84,13 @@ class Window(Generic[Statistics]):
         }
         return dict(kind=type(self._ring).__name__, next=self._next, length=self._length, tensors=tensors)
 
-    def load(self, state: dict[str, Any], kind: type[Statistics]) -> None:
+    def load(self, state: dict[str, Any], kind: type[Statistics], device: torch.device) -> None:
         """Restore what :meth:`state` returned.
 
         Args:
             state: What it returned.
             kind: Type of the statistics.
+            device: Where to put them.
 
         Raises:
             ValueError: The state is of a window of another capacity, or of other statistics.
@@ -109,7 +110,8 @@ class Window(Generic[Statistics]):
             raise TypeError(f'it has {length!r} iterations and writes to place {next_slot!r}')
         if not (0 < length <= self.capacity and 0 <= next_slot < self.capacity):
             raise ValueError(f'it has {length} iterations and writes to place {next_slot}')
-        self._ring, self._length, self._next = ring, length, next_slot
+        self._ring = kind(*(tensor.to(device) for tensor in ring))
+        self._length, self._next = length, next_slot
 
     def _fits(self, statistics: Statistics) -> bool:
         return type(self._ring) is type(statistics) and all(
