@@ -119,10 +119,11 @@ class WindowNorm(torch.autograd.Function):
             dx = dx.to(dtype)
         dconv_weight = None
         if need_conv_weight and var_slope is not None:
-            of_mean, of_var = scale_of_dy * dbias, scale_of_dy * invstd * dweight  # -gM and -2 gV
+            minus = -scale_of_dy
+            of_mean, of_var = minus * dbias, minus * invstd * dweight  # gM and 2 gV
             of_patches = torch.addcmul(factors[0] * of_mean, factors[1], of_var)
             dconv_weight = weighted_patches(of_patches, patches, var_slope.shape)
-            dconv_weight.addcmul_(var_slope, of_var.view(-1, 1, 1, 1), value=0.5).neg_()
+            dconv_weight.addcmul_(var_slope, of_var.view(-1, 1, 1, 1), value=0.5)
         return (
             dx,
             dweight if need_weight else None,
