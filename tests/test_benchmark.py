@@ -333,3 +333,41 @@ def test_the_cost_is_measured_of_normalizers_that_can_be_built(scope, kind):
     backbone = build_norm_layer(model.backbone.norm_cfg, 4)[1]
     assert (type(heads) is CBN) == (kind != 'BN') and (type(backbone) is CBN) == (kind != 'BN' and scope == 'all')
     assert kind == 'BN' or (heads.gradient == 'batch') == (kind == 'batch')
+
+
+@pytest.mark.slow
+def test_the_cost_is_measured_from_layers_to_inference(monkeypatch):
+    """With small layers and a small detector."""
+    shapes = (layers.Shape('3x3', (32, 32), 3, (2, 9, 9)), layers.Shape('1x1', (32, 32), 1, (2, 9, 9)))
+    config_of = cost.config_of
+
+    def small(scope, kind):
+        model = config_of(scope, kind).model
+        heads = {f'roi_head.{name}.norm_cfg': model.roi_head[name].norm_cfg for name in ('bbox_head', 'mask_head')}
+        norms = {'backbone.norm_cfg': model.backbone.norm_cfg, 'neck.norm_cfg': model.neck.norm_cfg, **heads}
+        config = mask_rcnn()
+        config.merge_from_dict({f'model.{name}': dict(norm, _delete_=True) for name, norm in norms.items()})
+        return config
+
+    for module in (layers, cost):
+        monkeypatch.setattr(module, 'SHAPES', shapes)
+    monkeypatch.setattr(cost, 'SMALL', (128, 96))
+    monkeypatch.setattr(cost, 'config_of', small)
+    for kind in layers._COMPILED:
+        monkeypatch.delitem(layers.KINDS, kind)
+    page, raw = cost.measure_cost(Settings('cpu', SIZE, 2, rounds=1, warmup=0), layer_rounds=1)
+    rows = [line for line in page.splitlines() if line.endswith(('| yes |', '| no |'))]
+    assert len(rows) == len(raw['rows']) == 5 + 2 + 2 * (9 + 2) + 2
+    for row in rows[-2:]:
+        assert ', equal |' in row
+    assert 'images of 96x64: 2 for times and FLOPs, 4 for memory' in page
+    assert page.count('\n| 3x3 |') == page.count('\n| 1x1 |') == 1, 'the times of the layers'
+
+
+def test_kernels_are_compared_where_a_gpu_has_counted_them(monkeypatch):
+    monkeypatch.setattr(cost, 'count_operators', lambda kind, shape: 5)
+    kernels = {'3x3': dict.fromkeys(layers.KINDS, 7), '1x1': dict.fromkeys(layers.KINDS, 50)}
+    rows = cost.launch_rows(kernels)
+    assert [row.measured for row in rows] == ['5, BN 5', '5, BN 5', '50, BN 50', '50, BN 50']
+    assert [row.met for row in rows] == [True, True, False, False]
+    assert '\n| 3x3 | 7 | 7 |' in cost.kernel_table(kernels)
