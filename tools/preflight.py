@@ -11,14 +11,11 @@ import argparse
 import logging
 import sys
 import time
-import warnings
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-
-warnings.filterwarnings('ignore', 'pkg_resources is deprecated')  # mmengine's, for each config that it reads
 
 try:
     from mmdet_cbn.experiments.paper.coco import COCO

@@ -1,1 +1,6 @@
-"""The paper's experiments on COCO: its numbers, the runs that reproduce them, and the comparison of the two."""
+"""What users of the layer do without: the paper's tables and our study, their trainings, and what measures them."""
+
+import warnings
+
+# mmengine's own, said again for each config that it reads.
+warnings.filterwarnings('ignore', 'pkg_resources is deprecated')

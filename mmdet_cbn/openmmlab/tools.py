@@ -2,6 +2,7 @@
 
 import gc
 import runpy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -96,6 +97,7 @@ def run_tool(name: str) -> None:
     Raises:
         FileNotFoundError: As :func:`find_tool`; and whatever the tool raises.
     """
+    warnings.filterwarnings('ignore', 'pkg_resources is deprecated')  # mmengine's, for each config that it reads
     name_annotations()
     with safe_runner(), distributed_on_cpu() if get_device() == 'cpu' else nullcontext():
         runpy.run_path(str(find_tool(name)), run_name='__main__')
