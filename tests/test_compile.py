@@ -131,7 +131,7 @@ def test_other_convolutions_train_as_without_it(make, backend):
     model.conv = make(4, 4, 3, stride=2)
     twin = copy.deepcopy(model)
     compiled = torch.compile(model, fullgraph=BREAKS_NO_GRAPH, backend=backend)
-    for net in (model, twin):  # torch < 2.13 needs a step before
+    for net in (model, twin):  # torch 2.1 needs a step before
         net(images(1, 6)[0][0]).backward()
         net.zero_grad()
     train_side_by_side(model, compiled, twin, [x for (x,) in images(5, 6)])
@@ -162,7 +162,7 @@ def test_training_goes_on_after_evaluation(kind):
     model = Level(**kind)
     twin = copy.deepcopy(model)
     inputs = [x for (x,) in images(4, 8)]
-    # By this step layers learn of their convolutions: torch < 2.13 needs it.
+    # By this step layers learn of their convolutions: torch 2.1 needs it.
     for net in (model, twin):
         net(inputs[0]).backward()
         net.zero_grad()

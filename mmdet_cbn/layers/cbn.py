@@ -117,7 +117,7 @@ class CBN(nn.BatchNorm2d):
         RuntimeError: In training: the input has another number of channels; ``torch.nn.DataParallel`` replicates the
             layer; it is unknown which call of a checkpointed block runs again; ``window_size`` is still ``'auto'``;
             under ``torch.export``. In the first training forward with ``order`` 1 or 2 and ``unsupported='error'``: no
-            supported convolution feeds the layer, or torch < 2.13 compiles it.
+            supported convolution feeds the layer, or an old torch compiles it.
     """
 
     def __init__(
