@@ -266,9 +266,19 @@ def test_nothing_to_switch_is_an_error(tmp_path, arguments, message):
         train(tmp_path, dict(type='SwitchNormHook', epoch=1, **arguments))
 
 
-def test_training_by_iterations_is_refused(tmp_path):
-    with pytest.raises(RuntimeError, match='epoch=1 would never come'):
-        train(tmp_path, dict(type='SwitchNormHook', epoch=1), train_cfg=dict(by_epoch=False, max_iters=8))
+BY_ITERATIONS = dict(by_epoch=False, max_iters=8)
+
+
+def test_a_later_epoch_is_refused_in_training_by_iterations(tmp_path):
+    with pytest.raises(RuntimeError, match='epoch=1 would never come.*epoch=0'):
+        train(tmp_path, dict(type='SwitchNormHook', epoch=1), train_cfg=BY_ITERATIONS)
+
+
+def test_in_training_by_iterations_it_switches_before_the_first(tmp_path):
+    hooks = [dict(TO_CBN, epoch=0), dict(type='CBNBurnInHook', burn_in_iters=3)]
+    runner, notes = train_with_burn_in(tmp_path, hooks, nn.BatchNorm2d, train_cfg=BY_ITERATIONS)
+    assert notes.types == [CBN] * 8
+    assert runner.model.lengths == [1, 1, 1, 1, 2, 3, 4, 5]
 
 
 def test_another_eps_is_refused_because_a_test_would_not_know_of_it(tmp_path):

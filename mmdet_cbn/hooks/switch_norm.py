@@ -29,7 +29,8 @@ class SwitchNormHook(Hook):
 
     Args:
         epoch: How many epochs are trained before the switch, as in mmengine's ``milestones`` and mmdet's
-            ``PipelineSwitchHook``. With 8, the switch comes when the ninth epoch begins.
+            ``PipelineSwitchHook``. With 8, the switch comes when the ninth epoch begins; with 0, before the first
+            iteration. mmengine's IterBasedTrainLoop counts no epochs, so there 0 alone is allowed.
         to: Type of the new normalizer in mmengine's registry, or a ``norm_cfg`` with more arguments. If it does not
             give eps, momentum, affine or track_running_stats, the old layer's are used.
         source: Type of the normalizers to switch. Subclasses of it do not count.
@@ -40,8 +41,8 @@ class SwitchNormHook(Hook):
         ValueError: The epoch is negative; a type is not registered, or is not a kind of BatchNorm. When training
             begins: the model, or a module named in ``prefixes``, has no active layer of type ``source``, or one of
             another eps than ``to`` gives.
-        RuntimeError: When training begins: the training loop counts no epochs, or this hook is listed before one that
-            makes layers of type ``source``.
+        RuntimeError: When training begins: ``epoch`` is not 0 and the training loop counts no epochs, or this hook is
+            listed before one that makes layers of type ``source``.
     """
 
     def __init__(
@@ -73,10 +74,10 @@ class SwitchNormHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Say what will happen, or why nothing can."""
-        if isinstance(runner.train_loop, IterBasedTrainLoop):
+        if self.epoch > 0 and isinstance(runner.train_loop, IterBasedTrainLoop):
             raise RuntimeError(
                 f'SwitchNormHook: epoch={self.epoch} would never come, because IterBasedTrainLoop counts no epochs. '
-                'Train by epochs.'
+                'Train by epochs, or switch before the first iteration with epoch=0.'
             )
         self._is_done = False
         others = [hook for hook in runner.hooks if isinstance(hook, SwitchNormHook) and hook is not self]
