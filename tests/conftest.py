@@ -136,7 +136,7 @@ def build_runner(shapes_root, tmp_path, monkeypatch):
 
 def runner_builder(shapes_root, work_dir, monkeypatch):
     """Builds the Runner of a config under configs/, on the drawn images or on $COCO_ROOT as the config says, without
-    worker processes or pretrained weights and with a log line for each iteration. ``row`` is that of a small twin,
+    worker processes or pretrained weights and with a log line for each iteration. ``row`` is that of a small version,
     ``options`` are --cfg-options."""
     monkeypatch.setenv('SHAPES_ROOT', str(shapes_root))
 

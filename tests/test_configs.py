@@ -1,4 +1,4 @@
-"""Each config has the paper's normalizers, trainable parts and schedule (section 4.2), each small twin its row's."""
+"""Each config has the paper's normalizers, trainable parts and schedule (section 4.2), each small version its row's."""
 
 import json
 import re

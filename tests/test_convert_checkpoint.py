@@ -18,7 +18,7 @@ from mmdet_cbn import CBN
 from mmdet_cbn.experiments.paper.released_checkpoint import convert_checkpoint, convert_state_dict, model_shapes
 
 TOOL = ROOT / 'tools' / 'convert_checkpoint.py'
-SMALL = ROOT / 'configs' / 'small' / 'r18_shapes.py'  # the small twin of any row of configs/cbn
+SMALL = ROOT / 'configs' / 'small' / 'r18_shapes.py'  # the small version of any row of configs/cbn
 SHAPES = ('circle', 'square', 'triangle', 'star')
 EPS = 1e-5
 

@@ -1,4 +1,4 @@
-"""The rows of the paper's ImageNet tables have its settings (section 4.1). Their small twins train on Imagenette."""
+"""The rows of the paper's ImageNet tables have its settings (section 4.1). Their small versions train on Imagenette."""
 
 import json
 import runpy
@@ -145,8 +145,8 @@ def test_figure5_has_the_burn_in():
             assert config.model.backbone.norm_cfg.type == 'BN'
         else:
             assert config.custom_hooks[0].burn_in_epochs == epochs
-    twins = [config_of(row._replace(twin='imagenette')) for row in FIGURE5.rows if row.labels[1] < 100]
-    assert [twin.custom_hooks[0].burn_in_epochs for twin in twins] == [0, 0, 1, 2, 4, 6], 'of 8 epochs'
+    versions = [config_of(row._replace(small='imagenette')) for row in FIGURE5.rows if row.labels[1] < 100]
+    assert [version.custom_hooks[0].burn_in_epochs for version in versions] == [0, 0, 1, 2, 4, 6], 'of 8 epochs'
 
 
 @pytest.mark.parametrize('table', [CLASSIFICATION, CLASSIFICATION_RATES], ids=lambda table: table.name)
@@ -157,7 +157,7 @@ def test_our_study_has_the_papers_rate_for_each_image(table):
         images, rate = config.train_dataloader.batch_size, row.labels[1] if table is CLASSIFICATION_RATES else 1
         assert f'{images} images' in method or images == row.labels[1]
         assert config.optim_wrapper.optimizer.lr == pytest.approx(0.1 / (4 * 32) * images * rate)
-        assert row.twin == 'imagenette' and config.train_cfg.max_epochs == config.param_scheduler.T_max == 4
+        assert row.small == 'imagenette' and config.train_cfg.max_epochs == config.param_scheduler.T_max == 4
         norm = config.model.backbone.norm_cfg
         if 'CBN' in method:
             assert images * window_size_of(row) == 16
@@ -184,7 +184,7 @@ def imagenette(tmp_path, monkeypatch):
 @pytest.mark.parametrize('norm', ['bn', 'gn', 'brn', 'cbn', 'in', 'ln'])
 def test_the_twin_of_each_config_trains_and_is_evaluated(norm, imagenette, tmp_path):
     row = next(row for table in IMAGENET for row in table.rows if f'_{norm}_' in row.config)
-    config = config_of(row._replace(twin='imagenette', times_images=1 / 8))
+    config = config_of(row._replace(small='imagenette', times_images=1 / 8))
     changes = {'train_cfg.max_epochs': 1, 'param_scheduler.T_max': 1, 'work_dir': str(tmp_path)}
     config.merge_from_dict({**changes, **({'custom_hooks.0.burn_in_epochs': 0} if norm == 'cbn' else {})})
     with DefaultScope.overwrite_default_scope('mmpretrain'):

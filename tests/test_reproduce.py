@@ -127,7 +127,7 @@ def test_the_report_has_the_numbers_of_the_logs(killed_and_restarted, tmp_path):
         ap = runs[f'faster-rcnn_r50_fpn_{row}_1x_coco'].metrics['bbox_mAP']
         assert f'| ours, 1 trial, not as in the paper (1) | {ap:.1f} |' in text
     assert text.count('GPUs = 1 (4)') == 1, 'the two have the same note'
-    assert 'difference' not in text, 'a small twin is not compared with the paper'
+    assert 'difference' not in text, 'a small version is not compared with the paper'
     assert 'none (0 of 5), bn-head (0 of 5)' in text
 
     with open(tmp_path / 'table5.csv', newline='') as stream:
@@ -492,7 +492,7 @@ def test_a_run_that_two_rows_share_is_made_once(tmp_path):
 def test_a_small_twin_multiplies_its_own_images():
     row = next(row for row in FIGURE3.rows if row.name == 'bn-k4')
     setting = Setting(ROOT, Path('runs'))
-    paper, small = (Trial(row._replace(twin=twin), 0, setting).options for twin in (None, 'shapes'))
+    paper, small = (Trial(row._replace(small=name), 0, setting).options for name in (None, 'shapes'))
     assert paper[:2] == ['train_dataloader.batch_size=16', 'optim_wrapper.optimizer.lr=0.08']
     assert small[:2] == ['train_dataloader.batch_size=8', 'optim_wrapper.optimizer.lr=0.0016']
 

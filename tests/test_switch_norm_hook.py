@@ -270,7 +270,7 @@ BY_ITERATIONS = dict(by_epoch=False, max_iters=8)
 
 
 def test_a_later_epoch_is_refused_in_training_by_iterations(tmp_path):
-    with pytest.raises(RuntimeError, match='epoch=1 would never come.*epoch=0'):
+    with pytest.raises(RuntimeError, match=r'epoch=1 would never come.*epoch=0'):
         train(tmp_path, dict(type='SwitchNormHook', epoch=1), train_cfg=BY_ITERATIONS)
 
 

@@ -20,8 +20,8 @@ from mmdet_cbn.experiments.rows.runs import Setting, describe, run, trials_of
 from mmdet_cbn.experiments.rows.table import Table
 from mmdet_cbn.experiments.tables import NUMBERS, TABLES
 
-# The twins of configs/small, and how the configs begin whose twins they are.
-TWINS = {'shapes': 'cbn/', 'facemask': 'cbn/faster-rcnn', 'coco128': 'cbn/', 'imagenette': 'imagenet/resnet18'}
+# The small versions in configs/small, and how the configs begin that they are versions of.
+SMALL = {'shapes': 'cbn/', 'facemask': 'cbn/faster-rcnn', 'coco128': 'cbn/', 'imagenette': 'imagenet/resnet18'}
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -32,10 +32,10 @@ def parse_args() -> tuple[argparse.Namespace, list[Table]]:
     parser.add_argument('--rows', nargs='+', help='names of rows, as the dry run gives them (default: all)')
     parser.add_argument('--gpus', type=int, default=4, help='default: %(default)s; with 1, the CPU if there is no GPU')
     parser.add_argument('--trials', type=int, default=5, help='seeds 0, 1, ... (default: %(default)s)')
-    work_dir_help = 'default: work_dirs/paper, work_dirs/study, or work_dirs/small_NAME for twins'
+    work_dir_help = 'default: work_dirs/paper, work_dirs/study, or work_dirs/small_NAME for small versions'
     parser.add_argument('--work-dir', type=Path, help=work_dir_help)
-    small_help = 'train the small twins configs/small/r18_NAME.py of the rows (default: %(const)s)'
-    parser.add_argument('--small', nargs='?', const='shapes', choices=list(TWINS), help=small_help)
+    small_help = 'train the small versions configs/small/r18_NAME.py of the rows (default: %(const)s)'
+    parser.add_argument('--small', nargs='?', const='shapes', choices=list(SMALL), help=small_help)
     parser.add_argument('--dry-run', action='store_true', help='print the commands only')
     parser.add_argument('--cfg-options', nargs='+', default=[], metavar='KEY=VALUE', help="as for mmdet's tools")
     args = parser.parse_args()
@@ -56,11 +56,11 @@ def parse_args() -> tuple[argparse.Namespace, list[Table]]:
         if any(table.number == '8' for table in tables):
             parser.error('--small must not be given for Table 8, which measures the cost of the rows as they are')
         for row in (row for table in tables for row in table.rows):
-            fitting = [name for name, begin in TWINS.items() if row.file.startswith(begin)]
+            fitting = [name for name, begin in SMALL.items() if row.file.startswith(begin)]
             if args.small not in fitting:
                 allowed = f'must be {" or ".join(fitting)}' if fitting else 'must not be given'
                 parser.error(f'--small {allowed} for row {row.name}, got {args.small}')
-        tables = [table._replace(rows=tuple(row._replace(twin=args.small) for row in table.rows)) for table in tables]
+        tables = [table._replace(rows=tuple(row._replace(small=args.small) for row in table.rows)) for table in tables]
     return args, tables
 
 

@@ -1,4 +1,4 @@
-"""The small twin of the config of configs/cbn that $CBN_ROW names: ResNet-18, narrow, from scratch, 2 images a step.
+"""The small version of the config of configs/cbn that $CBN_ROW names: ResNet-18, narrow, from scratch, 2 images a step.
 
 CBN_ROW=mask-rcnn_r50_fpn_gn-head_1x_coco python tools/train.py configs/small/r18_coco.py
 """

@@ -1,4 +1,4 @@
-"""The small twin of the config of configs/imagenet that $CBN_ROW names: a quarter as wide, on Imagenette.
+"""The small version of the config of configs/imagenet that $CBN_ROW names: a quarter as wide, on Imagenette.
 
 CBN_ROW=resnet18_cbn_4xb32_in1k python tools/train.py configs/small/r18_imagenette.py
 

@@ -1,4 +1,4 @@
-"""The small twin of the config of configs/cbn that $CBN_ROW names, fine-tuned as on COCO: a narrow ResNet-18.
+"""The small version of the config of configs/cbn that $CBN_ROW names, fine-tuned as on COCO: a narrow ResNet-18.
 
 configs/pretrain/r18_imagenette.py pretrains the backbone, with GN where the row has GN in the backbone, and with BN
 elsewhere. 4 images a step. r18_facemask.py and r18_coco128.py have the data.

@@ -23,11 +23,11 @@ def imagenet_row(
         images: Per GPU.
         norm: As in the config's name.
         top1: The paper's number; None if the paper has none.
-        **changes: Arguments of the normalizer; ``burn_in``, ``times_rate`` and ``twin``, as of :class:`Row`; and
+        **changes: Arguments of the normalizer; ``burn_in``, ``times_rate`` and ``small``, as of :class:`Row`; and
             ``network``, as in the config's name, for another than ResNet-18.
     """
     network = changes.pop('network', 'resnet18')
-    of_row = {key: changes.pop(key) for key in ('burn_in', 'times_rate', 'twin') if key in changes}
+    of_row = {key: changes.pop(key) for key in ('burn_in', 'times_rate', 'small') if key in changes}
     return Row(
         name,
         labels,

@@ -41,7 +41,7 @@ class Run(NamedTuple):
     """One training, read from its logs."""
 
     work_dir: Path
-    config: str  #: name of its config, or of the config whose small twin it is
+    config: str  #: name of its config, or of the config whose small version it is
     name: str | None  #: of the row's run, by tools/reproduce.py; None by train.py alone
     settings: dict[str, Any]  #: what decides on the result, by dotted key; with the number of GPUs
     curve: dict[int, dict[str, float]]  #: metrics by epochs trained, APs in percent

@@ -33,7 +33,7 @@ def markdown(table: Table, entries: Mapping[str, list[Entry]], trials: int = 1, 
         links: Path from the text to configs/cbn with a slash at its end, to link the configs with; None for no links.
     """
     if table.is_ours:
-        return _markdown_of_study(table, entries, trials)
+        return _markdown_of_study(table, entries)
     heads = [*table.labels, '', *(_short(metric) for metric in table.metrics), 'config']
     body: list[list[Any]] = []
     notes: list[str] = []
@@ -77,7 +77,7 @@ def markdown(table: Table, entries: Mapping[str, list[Entry]], trials: int = 1, 
     return '\n'.join(lines) + '\n'
 
 
-def _markdown_of_study(table: Table, entries: Mapping[str, list[Entry]], trials: int) -> str:
+def _markdown_of_study(table: Table, entries: Mapping[str, list[Entry]]) -> str:
     heads = [*table.labels, *(_short(metric) for metric in table.metrics), 'trials']
     body: list[list[Any]] = []
     for row in table.rows:
@@ -85,7 +85,7 @@ def _markdown_of_study(table: Table, entries: Mapping[str, list[Entry]], trials:
             results = [summarize(runs, metric) for metric in table.metrics]
             cells = ['-' if result is None else _with_deviation(*result) for result in results]
             body.append([*row.labels, *cells, len(runs)])
-    lines = [*_titled(table, heads, body), *_nothing_detected(table, entries), *_not_trained(table, entries, trials)]
+    lines = [*_titled(table, heads, body), *_nothing_detected(table, entries), *_not_trained(table, entries)]
     return '\n'.join(lines) + '\n'
 
 
@@ -107,9 +107,11 @@ def overview(table: Table, entries: Mapping[str, list[Entry]], trials: int) -> s
             found[row.labels[0]][float(row.labels[1])] = _with_deviation(*result) + number
     body = [[name, *(cells.get(x, '') for x in xs)] for name, cells in found.items()]
     what = f'{_short(table.metrics[0])} (%), mean ± deviation of {trials} trials. Columns: {other}.'
+    if any(len(cells) < len(xs) for cells in found.values()):
+        what += ' An empty cell was not trained.'
     lines = [f'### {table.title}', '', what[0].upper() + what[1:], '']
     lines += [markdown_table([method, *(f'{x:g}' for x in xs)], body, rule=' --- ')]
-    return '\n'.join([*lines, *_nothing_detected(table, entries), *_not_trained(table, entries, trials)]) + '\n'
+    return '\n'.join([*lines, *_nothing_detected(table, entries), *_not_trained(table, entries)]) + '\n'
 
 
 def _as_planned(entries: list[Entry]) -> list[Run]:
@@ -117,13 +119,11 @@ def _as_planned(entries: list[Entry]) -> list[Run]:
     return [run for entry in entries if not entry.differences for run in entry.finished]
 
 
-def _not_trained(table: Table, entries: Mapping[str, list[Entry]], trials: int) -> list[str]:
-    """How many rows of our study are not trained; the tables leave them out."""
-    numbers = [len(_as_planned(entries.get(row.name, []))) for row in table.rows]
-    if min(numbers) >= trials:
-        return []
-    few = sum(0 < number < trials for number in numbers)
-    return ['', f'Rows without a trial: {numbers.count(0)} of {len(numbers)}; with fewer than {trials}: {few}.']
+def _not_trained(table: Table, entries: Mapping[str, list[Entry]]) -> list[str]:
+    """Names the rows of our study without a trial, which the tables leave out."""
+    missing = [row for row in table.rows if not _as_planned(entries.get(row.name, []))]
+    names = [f'{method} ({table.labels[1]}: {x:g})' for method, x in (row.labels for row in missing)]
+    return ['', f'Planned, but not trained yet: {"; ".join(names)}.'] if names else []
 
 
 def _nothing_detected(table: Table, entries: Mapping[str, list[Entry]]) -> list[str]:

@@ -156,7 +156,7 @@ class Trial:
 
 
 def recipe_of(row: Row, configs: Path) -> Config:
-    """The config of a row, or of its twin, with the row's options."""
+    """The config of a row, or of its small version, with the row's options."""
     config = load(row, configs)
     recipe = copy.deepcopy(config)
     recipe.merge_from_dict(row.options_for(config))
@@ -164,7 +164,7 @@ def recipe_of(row: Row, configs: Path) -> Config:
 
 
 def load(row: Row, configs: Path) -> Config:
-    """The config of a row, or of its twin, in the folder ``configs``. Do not change it, because it is cached."""
+    """The config of a row, or of its small version, in the folder ``configs``. It is cached: do not change it."""
     roots = {key: value for key, value in os.environ.items() if key.endswith('_ROOT')}  # configs use these
     return _load(configs / row.file, tuple({**roots, **row.environment}.items()))
 

@@ -18,17 +18,17 @@ class Row(NamedTuple):
     times_rate: float = 1  #: how many times the learning rate for each image
     burn_in: float | None = None  #: part of the training, where it is not the config's
     folder: str = 'cbn'
-    twin: str | None = None  #: end of the name of a small twin in configs/small, which is trained instead of the config
+    small: str | None = None  #: end of the name of a small version in configs/small, to train instead
 
     @property
     def file(self) -> str:
         """Path under configs of what is trained."""
-        return f'{self.folder}/{self.config}.py' if self.twin is None else f'small/r18_{self.twin}.py'
+        return f'{self.folder}/{self.config}.py' if self.small is None else f'small/r18_{self.small}.py'
 
     @property
     def environment(self) -> dict[str, str]:
-        """What the file reads: a twin, the name of the config."""
-        return {} if self.twin is None else {'CBN_ROW': self.config}
+        """What the file reads: a small version, the name of the config."""
+        return {} if self.small is None else {'CBN_ROW': self.config}
 
     @property
     def run(self) -> str:
@@ -41,8 +41,8 @@ class Row(NamedTuple):
         return bool(self.options) or (self.times_images, self.times_rate, self.burn_in) != (1, 1, None)
 
     def options_for(self, config: Any) -> dict[str, Any]:
-        """All --cfg-options, by key, for ``config`` (the row's own or its small twin's), where the learning rate is
-        linear in the images."""
+        """All --cfg-options, by key, for ``config``, the row's own or its small version. The learning rate is linear
+        in the images."""
         options = dict(self.options)
         if self.times_images != 1:
             options['train_dataloader.batch_size'] = round(config.train_dataloader.batch_size * self.times_images)

@@ -1,7 +1,7 @@
-"""Our study of classification with SGD: small twins of the paper's rows of ResNet-18, on Imagenette.
+"""Our study of classification with SGD: small versions of the paper's rows of ResNet-18, on Imagenette.
 
-It has half of the twins' 8 epochs, for the time that they take. With 1 image a step, the slowest, there are BN, GN and
-CBN only.
+It has 4 epochs, half of those of the small versions, for the time that they take. With 1 image a step, the slowest,
+there are BN, GN and CBN only.
 """
 
 from ..paper.imagenet import METRICS, at_least_16, imagenet_row
@@ -15,7 +15,7 @@ _BURN_IN = 1  # epochs
 def _ours(method: str, images: int, rate: float = 1, burn_in: int = _BURN_IN) -> Row:
     norm, arguments = METHODS[method]
     words = ['small', *words_of(method), str(images), *[f'rate-{rate}'] * (rate != 1)]
-    changes = {**arguments, **at_least_16(norm, images), 'times_rate': rate, 'twin': 'imagenette'}
+    changes = {**arguments, **at_least_16(norm, images), 'times_rate': rate, 'small': 'imagenette'}
     if burn_in != _BURN_IN:
         method = f'{method}, burn-in {burn_in}'
         words.append(f'burn-in-{burn_in}')

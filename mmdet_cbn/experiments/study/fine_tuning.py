@@ -1,4 +1,4 @@
-"""Our study of fine-tuning: the kinds of rows of Table 5 by their small twin on photographs.
+"""Our study of fine-tuning: the kinds of rows of Table 5 by their small version on photographs.
 
 All methods with 2 images a step, and those that people choose between with 1 and 4, too. The learning rate was chosen
 by BN everywhere with 2 images: the paper's is too small for so few images.
@@ -45,7 +45,7 @@ def _row(method: str, where: str, images: int, rate: float = _RATE) -> Row:
         {**_SHARED, **{f'model.{part}.norm_cfg.{key}': value for part in parts for key, value in arguments.items()}},
         times_images=images / _OF_CONFIG,
         times_rate=rate,
-        twin='facemask_population' if 'population' in method else 'facemask',
+        small='facemask_population' if 'population' in method else 'facemask',
     )
 
 
