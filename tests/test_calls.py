@@ -130,6 +130,52 @@ def test_forwards_without_gradients_count_as_iterations():
     assert model[1].window_length == 3 and len(model[1].windows) == 1 and len(kept) == 4
 
 
+def test_forwards_without_gradients_go_round_the_windows_of_a_shared_head():
+    """As those of pseudo labels, or of update_bn."""
+    head, reference = conv_and_norm(window_size=3), conv_and_norm(window_size=3)
+    for number, xs in enumerate(levels(6)):
+        with torch.set_grad_enabled(number < 2):
+            actual = [head(x) for x in xs]
+        if number < 2:
+            sum(map(loss_of, actual)).backward()
+        expected = [reference(x) for x in xs]
+        reference[1].begin_iteration()
+        for y, with_graph in zip(actual, expected, strict=True):
+            torch.testing.assert_close(y.detach(), with_graph.detach())
+    assert [len(window) for window in head[1].windows] == [2] * len(LEVELS)
+
+
+def test_a_level_whose_output_is_dropped_does_not_end_the_iteration():
+    """As one without a target, whose graph is gone before the next level is called."""
+    head, reference = conv_and_norm(window_size=3), conv_and_norm(window_size=3)
+    for number, xs in enumerate(levels(5)):
+        losses, everything = [], [reference(x) for x in xs]
+        for place, x in enumerate(xs):
+            y = head(x)
+            torch.testing.assert_close(y.detach(), everything[place].detach())
+            if number < 2 or place not in (number - 2, 3):
+                losses.append(loss_of(y))
+            del y
+        sum(losses).backward()
+        reference[1].begin_iteration()
+    assert [len(window) for window in head[1].windows] == [2] * len(LEVELS)
+
+
+def test_calls_that_come_in_every_other_iteration_have_a_window():
+    """As of a discriminator, which has a step of its own on real and fake images, and then one in the generator's."""
+    discriminator = conv_and_norm(window_size=4)
+    lengths = []
+    for real, fake in zip(batches(5, seed=1), batches(5, seed=2), strict=True):
+        outputs = []
+        for x in (real, fake):
+            outputs.append(discriminator(x))
+            lengths.append(discriminator[1].window_length)
+        sum(map(loss_of, outputs)).backward()
+        loss_of(discriminator(fake)).backward()
+        lengths.append(discriminator[1].window_length)
+    assert lengths == [1, 1, 2, 3, 2, 4, 4, 3, 4, 4, 4, 4, 4, 4, 4]
+
+
 def test_the_hook_ends_an_iteration_that_nothing_else_does(tmp_path):
     kept = []
 
@@ -144,8 +190,8 @@ def test_the_hook_ends_an_iteration_that_nothing_else_does(tmp_path):
 
 
 def test_windows_of_calls_that_come_no_more_are_given_back():
-    model = conv_and_norm(window_size=2)
-    for calls, windows in ((3, 3), (1, 3), (1, 1)):
+    model = conv_and_norm(window_size=3)
+    for calls, windows in ((3, 3), (1, 3), (1, 3), (1, 1)):
         losses = [loss_of(model(x)) for x in batches(calls)]
         assert len(model[1].windows) == windows
         step(list(model.parameters()), losses)
@@ -311,8 +357,10 @@ def test_a_checkpointed_block_begins_before_the_convolution(burn_in):
     norm.burn_in = burn_in
     for number, x in enumerate(batches(3)):
         if number == 2 and not burn_in:
+            loss = loss_of(checkpoint(norm, conv(x), use_reentrant=False))
+            conv(x)  # as others are called before the block runs again
             with pytest.raises(RuntimeError, match='begin the block before the convolution'):
-                loss_of(checkpoint(norm, conv(x), use_reentrant=False)).backward()
+                loss.backward()
         else:
             block = norm if burn_in else lambda x: norm(conv(x))
             loss_of(checkpoint(block, conv(x) if burn_in else x, use_reentrant=False)).backward()

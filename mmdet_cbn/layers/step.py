@@ -52,7 +52,7 @@ def once_per_step(method: Callable) -> Callable:
         module = None if conv is None else conv.module
         windows = layer.windows
         if is_recomputing():
-            return *windows.iteration.recall(layer, x.shape, module), Call(None)
+            return *windows.iteration.recall(layer, x.shape, module), Call()
         call = windows.begin_call(module)
         was_empty = len(windows.current) == 0
         device = x.device.type

@@ -24,32 +24,15 @@ def is_recomputing() -> bool:
 class Call:
     """One call of a layer in training. It lives as long as its part of the autograd graph.
 
-    Args:
-        weight: Of the convolution that feeds the layer, if it is known.
-
     Attributes:
         backward_passes (int): How often a backward pass has reached any call of any layer.
     """
 
     backward_passes = 0
 
-    def __init__(self, weight: Tensor | None) -> None:
-        self._began_after = Call.backward_passes
-        self._weight = weight
-        self._version = None if weight is None else weight._version
-
     def note_backward(self, *_: Any) -> None:
         """The backward pass has reached this call. Can be a hook of autograd's nodes."""
         Call.backward_passes += 1
-
-    @property
-    def is_over(self) -> bool:
-        """Whether a backward pass has gone through a layer since, or the weight has been changed in place.
-
-        It need not have gone through this call, whose output may not be in the loss.
-        """
-        has_changed = self._weight is not None and self._weight._version != self._version
-        return has_changed or Call.backward_passes != self._began_after
 
 
 @dataclass
@@ -77,36 +60,52 @@ class Iteration:
         self.first_runs: list[FirstRun] = []
         self.compiled_call: Call | None = None
         self._last_call: weakref.ref[Call] | None = None
+        self._weight: weakref.ref[Tensor] | None = None  # in the last call
+        self._version = 0  # of that weight
+        self._began_after = 0  # so many backward passes
         self._records_graph = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, 'first_runs': [], 'compiled_call': None, '_last_call': None}  # a copy has no graph
+        # A copy has no graph.
+        return {**self.__dict__, 'first_runs': [], 'compiled_call': None, '_last_call': None, '_weight': None}
 
     @property
     def last_call(self) -> Call | None:
         """The last call, if its part of the graph is alive."""
         return None if self._last_call is None else self._last_call()
 
-    @property
-    def is_over(self) -> bool:
-        """Whether the last call had its backward pass, its weights have changed, or its graph is gone."""
-        return self.last_call is None or self.last_call.is_over
+    def is_over(self, calls: int = 0) -> bool:
+        """Whether the next call belongs to another iteration.
+
+        It does if a backward pass has gone through any layer since the last call, whose own output may not be in the
+        loss, or if the weight has been changed in place. If the last call merely has no graph any more, it does once
+        there were ``calls``: then nobody can tell.
+        """
+        weight = None if self._weight is None else self._weight()
+        has_changed = weight is not None and weight._version != self._version
+        if has_changed or Call.backward_passes != self._began_after:
+            return True
+        return self.last_call is None and self.calls >= calls
 
     def begin(self) -> None:
         """Start a new iteration."""
         self.calls = 0
         self.first_runs = []
 
-    def begin_call(self, weight: Tensor | None) -> Call:
+    def begin_call(self, weight: Tensor | None, calls: int = 0) -> Call:
         """Add a call, and start a new iteration first if the last one is over.
 
         Args:
             weight: Of the convolution that feeds the layer, if it is known.
+            calls: As for :meth:`is_over`.
         """
-        if self.is_over:
+        if self.is_over(calls):
             self.begin()
-        call = Call(weight)
+        call = Call()
         self._last_call = weakref.ref(call)
+        self._weight = None if weight is None else weakref.ref(weight)
+        self._version = 0 if weight is None else weight._version
+        self._began_after = Call.backward_passes
         self._records_graph = torch.is_grad_enabled()
         self.calls += 1
         return call
@@ -154,7 +153,7 @@ class CallWindows:
     """The windows of a layer: one for each of its calls in an iteration, in the order of the calls.
 
     A head that is shared by the levels of an FPN calls its layers once for each level. The statistics of one level say
-    nothing about another level.
+    nothing about another level. A window whose call does not come for k - 1 iterations is given back.
 
     Args:
         capacity: Of each window.
@@ -180,19 +179,25 @@ class CallWindows:
 
     def begin_iteration(self) -> None:
         """Start a new iteration."""
-        if self.iteration.calls > 0:
-            del self._windows[self.iteration.calls :]  # of calls that the last iteration did not have
-            self.iteration.begin()
+        if self.iteration.calls == 0:
+            return
+        for number, window in enumerate(self._windows):
+            window.unused = 0 if number < self.iteration.calls else window.unused + 1
+        # By then all that it has is older than the k iterations. Sooner would be too soon for a discriminator, which
+        # is called twice and once in turn.
+        while self._windows[-1].unused >= max(self._capacity, 1):
+            del self._windows[-1]
+        self.iteration.begin()
 
     def begin_call(self, conv: nn.Conv2d | None) -> Call:
         """Add a call behind ``conv``, if that is known, and make its window the current one."""
-        if self.iteration.is_over:
+        if self.iteration.is_over(len(self._windows)):
             self.begin_iteration()
         if self.iteration.calls == len(self._windows):
             self._windows.append(Window(self._capacity))
         self.current = self._windows[self.iteration.calls]
         self.has_dropped = self.current.set_conv(conv)
-        return self.iteration.begin_call(None if conv is None else conv.weight)
+        return self.iteration.begin_call(None if conv is None else conv.weight, len(self._windows))
 
     def state(self) -> list[dict[str, Any]]:
         """What :meth:`load` restores: plain data and copies of the tensors, on the CPU."""

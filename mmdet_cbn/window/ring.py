@@ -18,10 +18,14 @@ class Window(Generic[Statistics]):
 
     Args:
         capacity: How many iterations to keep, k - 1.
+
+    Attributes:
+        unused (int): Since how many iterations the layer has not come to it.
     """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
+        self.unused = 0
         self._conv: nn.Module | None = None
         self.clear()
 
@@ -71,7 +75,9 @@ class Window(Generic[Statistics]):
 
         The tensors are views. The next :meth:`push` changes them.
         """
-        if self._ring is None or self._length == self.capacity:
+        if self._ring is None or self._length == 0:  # the latter where a push has failed
+            return None
+        if self._length == self.capacity:
             return self._ring
         return type(self._ring)(*(ring.narrow(0, 0, self._length) for ring in self._ring))
 
