@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import Net, runner_for
+from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer, MessageHub
+from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
 from mmengine.runner import CheckpointLoader, load_checkpoint, runner
 from torch import nn
 
@@ -35,6 +37,13 @@ class EvilGetattr(Evil):
 
     def __reduce__(self):
         return getattr, (HistoryBuffer, 'register_statistics')
+
+
+class EvilScheduler(Evil):
+    """Made, a scheduler would change the optimizer that it is given."""
+
+    def __reduce__(self):
+        return OneCycleParamScheduler, (self.path, 'lr')
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +72,10 @@ def checkpoint():
             dataset_meta=dict(classes=('a', 'b'), palette=[(1, 2, 3)]),
             scores=np.array([np.float64(0.1), np.float64(0.2)]),
             names=np.array(['x', 'y']),
+            none=np.zeros(0),
+            info=ConfigDict(a=[dict(name='x')]),
         ),
+        param_schedulers=dict(lr=[dict(anneal_func=OneCycleParamScheduler._annealing_cos)]),
         state_dict=model.state_dict(),
         optimizer=optimizer.state_dict(),
         message_hub=hub.state_dict(),
@@ -83,6 +95,8 @@ def test_mmengines_checkpoints_load(tmp_path, checkpoint):
     assert loaded['message_hub']['runtime_info']['array'].tolist() == [0, 1, 2, 3]
     assert loaded['meta']['seed'] == checkpoint['meta']['seed']
     assert loaded['meta']['names'].tolist() == ['x', 'y'] and loaded['meta']['scores'].tolist() == [0.1, 0.2]
+    assert loaded['meta']['none'].shape == (0,) and loaded['meta']['info'] == dict(a=[dict(name='x')])
+    assert loaded['param_schedulers'] == checkpoint['param_schedulers']
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     load_checkpoint(model, str(path), strict=True)
     with pytest.raises(pickle.UnpicklingError):
@@ -108,14 +122,14 @@ def test_checkpoints_written_under_numpy_1_and_2_load(tmp_path, core):
 
 
 @pytest.mark.parametrize('is_zip', [True, False])
-@pytest.mark.parametrize('evil', [Evil, EvilGetattr])
+@pytest.mark.parametrize('evil', [Evil, EvilGetattr, EvilScheduler])
 def test_no_checkpoint_runs_code(tmp_path, checkpoint, evil, is_zip, monkeypatch):
     """Whatever the process has declared safe for loads of its own."""
     path, made = tmp_path / 'evil.pth', tmp_path / 'made'
     torch.save(dict(checkpoint, evil=evil(made)), path, _use_new_zipfile_serialization=is_zip)
     monkeypatch.setenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '1')
     with nullcontext() if IS_BEFORE_2_6 else torch.serialization.safe_globals([open, getattr]):
-        with pytest.raises(pickle.UnpicklingError, match=r'evil\.pth was not loaded.*(open|getattr)'):
+        with pytest.raises(pickle.UnpicklingError, match=r'evil\.pth was not loaded.*(open|getattr|OneCycle)'):
             CheckpointLoader.load_checkpoint(str(path), 'cpu')
         if not IS_BEFORE_2_6:
             assert open in torch.serialization.get_safe_globals(), 'what the process has declared holds again'
