@@ -67,7 +67,7 @@ def outside_graphs_in_training(forward: Function) -> Function:
 def is_autocast_enabled(device_type: str) -> bool:
     """Whether autocast is on for a type of device. torch >= 2.4 has it."""
     if _TORCH >= (2, 4):
-        return torch.is_autocast_enabled(device_type)
+        return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
     name = 'is_autocast_enabled' if device_type == 'cuda' else f'is_autocast_{device_type}_enabled'
     return getattr(torch, name, bool)()
 

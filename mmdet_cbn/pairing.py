@@ -117,16 +117,39 @@ class _StopAtConv2d(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-class _Remembered(NamedTuple):
-    conv: _ConvNd
-    input: Tensor  # a strong reference: nothing else may keep the input alive until the norm is called
-    output: weakref.ref
-    version: int
+class _Remembered:
+    """A call of a convolution.
+
+    It keeps the input alive until a norm claims the call, because nothing else may. Then a second norm can claim it for
+    as long as something else does.
+    """
+
+    def __init__(self, conv: _ConvNd, input: Tensor, output: Tensor) -> None:
+        self._conv, self._output, self._version = weakref.ref(conv), weakref.ref(output), _version_of(output)
+        self._input: Callable[[], Tensor | None] = lambda: input
+
+    def claim(self, output: Tensor) -> tuple[_ConvNd, Tensor] | None:
+        """The convolution and its input; None if the call did not return ``output`` as it is now."""
+        conv, input = self._conv(), self._input()
+        if not _same(self._output(), output) or self._version != _version_of(output) or conv is None or input is None:
+            return None
+        self._input = weakref.ref(input)
+        return conv, input
 
 
-# The last call on this thread. A norm follows its convolution at once, so one call is enough, and the memory never
-# keeps more than one input alive.
-_last = threading.local()
+class _Calls(threading.local):
+    """The calls on this thread that norms may claim."""
+
+    def __init__(self) -> None:
+        #: The last one. A norm follows its convolution at once, so one call is enough, and no more than one input is
+        #: kept alive.
+        self.last: _Remembered | None = None
+        #: The last one of each convolution that was told to a norm: others may be called in between.
+        self.of_told: weakref.WeakKeyDictionary[_ConvNd, _Remembered] = weakref.WeakKeyDictionary()
+
+
+_calls = _Calls()
+_told: weakref.WeakSet[_ConvNd] = weakref.WeakSet()
 
 
 class _Traced:
@@ -148,12 +171,18 @@ def remember_call(module: nn.Module, args: tuple, kwargs: dict[str, Any], output
         return
     if is_compiling():
         _traced.call = module, input, output
-    else:
-        _last.call = _Remembered(module, input, weakref.ref(output), _version_of(output))
+        return
+    _calls.last = _Remembered(module, input, output)
+    if module in _told:
+        _calls.of_told[module] = _calls.last
 
 
-def claim_call(output: Tensor) -> tuple[_ConvNd, Tensor] | None:
+def claim_call(output: Tensor, told: _ConvNd | None = None) -> tuple[_ConvNd, Tensor] | None:
     """The convolution whose last call on this thread returned ``output``, and the input of that call.
+
+    Args:
+        output: What it returned.
+        told: A convolution after whose call there may have been others.
 
     Returns:
         None if another call was the last one, if the call was not remembered, or if ``output`` was modified in place.
@@ -161,11 +190,8 @@ def claim_call(output: Tensor) -> tuple[_ConvNd, Tensor] | None:
     if is_compiling():
         traced, _traced.call = _traced.call, None
         return None if traced is None or traced[2] is not output else traced[:2]
-    call: _Remembered | None = getattr(_last, 'call', None)
-    if call is None or not _same(call.output(), output) or call.version != _version_of(output):
-        return None
-    _last.call = None
-    return call.conv, call.input
+    call = _calls.last if told is None else _calls.of_told.get(told)
+    return None if call is None else call.claim(output)
 
 
 def _version_of(tensor: Tensor) -> int:
@@ -191,8 +217,10 @@ class ConvFinder:
     def __init__(self, conv: _ConvNd | None = None) -> None:
         # The convolutions known, each with the handle of its hook while the norm is in training.
         self._handles: dict[_ConvNd, RemovableHandle | None] = {} if conv is None else {conv: None}
-        self._is_told = conv is not None
-        self._settled = self._is_told
+        self._told = conv
+        self._settled = conv is not None
+        if conv is not None:
+            _told.add(conv)
         self._in_training = False
         # Those that were seen since it has watched all convolutions, and whether one of them was not known.
         self._seen: set[_ConvNd] = set()
@@ -201,8 +229,16 @@ class ConvFinder:
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy must watch as its original does, or it misses the convolution in its first forward.
         self.__dict__.update(state)
+        if self._told is not None:
+            _told.add(self._told)
         if self._in_training and not self._settled:
             watch.add(self)
+
+    def __del__(self) -> None:
+        # What takes the place of its norm may be no norm of ours.
+        for handle in self.__dict__.get('_handles', {}).values():
+            if handle is not None:
+                handle.remove()
 
     def start(self) -> None:
         """The norm is in training from now on."""
@@ -220,6 +256,7 @@ class ConvFinder:
             if handle is not None:
                 handle.remove()
                 self._handles[conv] = None
+            _calls.of_told.pop(conv, None)
         watch.discard(self)
 
     def find(self, output: Tensor) -> tuple[_ConvNd, Tensor] | None:
@@ -231,11 +268,11 @@ class ConvFinder:
         Raises:
             LookupError: No convolution has just returned ``output``.
         """
-        claimed = claim_call(output)
+        claimed = claim_call(output, self._told)
         if is_compiling() and claimed is not None:
             return claimed  # the graph keeps it
-        if claimed is None or (self._is_told and claimed[0] not in self._handles):
-            if self._is_told or self in watch:
+        if claimed is None:
+            if self._told is not None or self in watch:
                 raise LookupError
             self._settled = False
             self.start()

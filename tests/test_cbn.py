@@ -822,6 +822,21 @@ def test_only_the_size_of_the_weights_does_not_matter_to_a_window_that_follows_t
     assert gradient == 'batch' or along.max() < 1e-9
 
 
+@pytest.mark.parametrize('momentum', [0.1, None])
+def test_running_statistics_in_half_precision_are_averaged_in_float32(momentum):
+    """A variance of a batch above 65504, the largest half, has a place in an average below it."""
+    model = nn.Sequential(nn.Conv2d(4, 4, 1, bias=False), CBN(4, order=0, momentum=momentum, running_stats='batch'))
+    bn = nn.BatchNorm2d(4, momentum=momentum).half()
+    nn.init.dirac_(model[0].weight)
+    model.half()
+    torch.manual_seed(0)
+    for deviation in (100, 300, 100):  # of variance 90,000
+        x = torch.randn(2, 4, 9, 7).mul(deviation).half()
+        bn(x), model(x)
+    torch.testing.assert_close(model[1].running_var, bn.running_var, rtol=1e-2, atol=0)
+    assert model[1].running_var.isfinite().all()
+
+
 def test_running_statistics_leave_out_the_bad_channels_alone():
     norm, clean = (CBN(4, window_size=2, order=0).double() for _ in range(2))
     first, second = batches(2)
@@ -922,6 +937,16 @@ def test_moving_to_another_precision_or_device_starts_the_window_afresh(move):
     assert lengths == [1, 2, 3]
 
 
+def test_a_move_to_where_the_layer_is_leaves_the_window_alone():
+    model = conv_and_norm(window_size=3)
+    lengths = []
+    for x in batches(4):
+        model.to(x.device).double().to(memory_format=torch.channels_last)
+        model(x)
+        lengths.append(model[1].window_length)
+    assert lengths == [1, 2, 3, 3]
+
+
 def test_channels_last_gives_the_same():
     model = conv_and_norm(window_size=3)
     other = copy.deepcopy(model).to(memory_format=torch.channels_last)
@@ -957,6 +982,46 @@ def test_an_input_from_another_convolution_than_the_named_one_is_refused():
         norm(other(torch.randn(2, 4, 5, 5)))
     norm(conv(torch.randn(2, 4, 5, 5)))
     assert norm.window_length == 2
+
+
+def test_of_a_convolution_that_is_named_the_call_may_be_older():
+    """Both convolutions are called before both layers; after that, as if each layer followed its own."""
+    pairs, plain = ([conv_and_norm(seed, window_size=3) for seed in (0, 1)] for _ in range(2))
+    named = [CBN(4, window_size=3, conv=conv).double() for conv, _ in pairs]
+    for norm, (_, found) in zip(named, pairs, strict=True):
+        norm.load_state_dict(found.state_dict())
+    for x in batches(4):
+        outputs = [conv(x) for conv, _ in pairs]
+        for norm, y, model, (conv, _) in zip(named, outputs, plain, pairs, strict=True):
+            torch.testing.assert_close(norm(y), model(x))
+            with torch.no_grad():
+                conv.weight.mul_(1.02)
+                model[0].weight.mul_(1.02)
+    assert [norm.window_length for norm in named] == [3, 3]
+    seen = weakref.ref(x)
+    named[0](pairs[0][0](x))
+    del x, y, outputs
+    gc.collect()
+    assert seen() is None, 'once a layer has claimed the call, nothing keeps its input'
+
+
+def test_two_layers_can_follow_one_convolution():
+    conv, first = conv_and_norm(window_size=3)
+    second = copy.deepcopy(first)
+    for x in batches(4):
+        y = conv(x)
+        torch.testing.assert_close(first(y), second(y))
+    assert first.window_length == second.window_length == 3
+
+
+def test_a_layer_that_was_replaced_leaves_no_hook_on_its_convolution():
+    model = conv_and_norm(window_size=3)
+    for x in batches(3):
+        model(x)
+    assert len(model[0]._forward_hooks) == 1
+    model[1] = nn.BatchNorm2d(4).double()
+    gc.collect()
+    assert len(model[0]._forward_hooks) == 0
 
 
 def test_one_value_a_channel_is_an_error_as_in_batchnorm():
@@ -1130,10 +1195,14 @@ def test_a_convolution_that_ran_without_gradients_receives_none(bias):
     assert norm.weight.grad is not None and conv.weight.grad is None and (not bias or conv.bias.grad is None)
 
 
-def test_a_double_backward_is_an_error():
+@pytest.mark.parametrize('is_linear', [False, True])
+def test_a_double_backward_is_an_error(is_linear):
+    """Where the loss is linear, the gradient that comes to the layer does not depend on it; its own does."""
     model = conv_and_norm(window_size=3)
     for x in batches(3):
         x.requires_grad_()
-        (gradient,) = torch.autograd.grad(model(x).pow(3).sum(), x, create_graph=True)
+        y = model(x)
+        loss = (y * torch.arange(y.numel(), dtype=y.dtype).view_as(y).sin()).sum() if is_linear else y.pow(3).sum()
+        (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
     with pytest.raises(RuntimeError, match='once_differentiable'):
         gradient.square().sum().backward()

@@ -196,6 +196,12 @@ def test_after_an_export_training_goes_on_as_if_there_had_been_none(detector, ru
     assert_train_the_same([detector, untouched], runner)
 
 
+def test_in_training_a_trace_is_refused(detector):
+    """As of mmengine's get_model_complexity_info."""
+    with pytest.raises(RuntimeError, match=r'cannot be exported in training: call model\.eval\(\) before'):
+        torch.jit.trace(detector.train().roi_head.bbox_head, torch.randn(2, 64, 7, 7))
+
+
 def test_in_training_torch_export_is_refused_and_training_goes_on_as_if_it_had_not_been_tried(
     detector, runner, tmp_path
 ):

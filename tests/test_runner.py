@@ -2,7 +2,9 @@
 
 import copy
 import functools
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch.utils.checkpoint
 from conftest import Net, runner_for
 from mmdet.models.backbones import ResNet
 from mmengine.evaluator import BaseMetric
+from torch.func import functional_call
 
 from mmdet_cbn import CBN
 from mmdet_cbn.old_torch import IS_BEFORE_2_13
@@ -178,6 +181,25 @@ def test_the_size_of_the_radial_part_of_the_gradient_is_that_of_the_convolutions
     weight.grad = torch.full_like(weight, torch.nan)
     call(torch.randn(2, 3, 6, 6)).pow(3).mean().backward()
     assert norm.diagnosis().radial == pytest.approx(torch.stack(found).mean().item(), rel=1e-5)
+
+
+def test_a_diagnosis_does_without_the_gradient_of_a_weight_that_is_no_leaf():
+    """As in FullyShardedDataParallel; and it lets go of the weights that it watched before."""
+    conv, norm = model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), CBN(4, window_size=3))
+    norm.diagnose = True
+    for _ in range(2):
+        model(torch.randn(2, 3, 6, 6)).pow(3).mean().backward()
+    assert norm.diagnosis().radial is not None
+    watched = []
+    for is_leaf in (False, False, True, True):
+        leaf = conv.weight.detach().clone().requires_grad_()
+        weight = leaf if is_leaf else leaf * 1
+        watched.append(weakref.ref(weight))
+        functional_call(model, {'0.weight': weight}, (torch.randn(2, 3, 6, 6),)).pow(3).mean().backward()
+        assert (norm.diagnosis().radial is not None) == is_leaf
+    del leaf, weight
+    gc.collect()
+    assert [found() is None for found in watched] == [True, True, True, False], 'the last one alone is kept'
 
 
 def test_a_frozen_convolution_has_no_radial_part(tmp_path):

@@ -172,6 +172,33 @@ def test_without_the_option_no_file_is_written(tmp_path):
     assert not list(tmp_path.glob('*window*'))
 
 
+class Saves(Hook):
+    """Saves a checkpoint in the middle of an epoch."""
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        if runner.iter == 5:
+            runner.save_checkpoint(runner.work_dir, 'mine.pth', by_epoch=False)
+
+
+@pytest.mark.parametrize('order', [1, -1])
+def test_a_hook_may_save_before_ours_or_after(tmp_path, order):
+    whole = train(tmp_path, hook=[Saves(), HOOK][::order], epochs=3)
+    (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'mine.pth'))
+    assert whole.lengths == [1] * 4 + [1, 2, 3, 4] + [4] * 4
+    assert train(tmp_path, epochs=3, resume=True).lengths[0] == 3, 'after 6 of 12 iterations, 2 with a window'
+
+
+def test_a_resume_before_the_hooks_is_a_warning(tmp_path):
+    train(tmp_path, epochs=2)
+    model = Net(CBN(4, window_size=4))
+    runner = runner_for(tmp_path, model, HOOK, epochs=3)
+    runner.resume(str(tmp_path / 'epoch_2.pth'))
+    runner.train()
+    assert model.lengths == [1, 2, 3, 4]
+    log = ''.join(path.read_text() for path in tmp_path.glob('*/*.log'))
+    assert log.count('the run was resumed before its hooks could tell from which checkpoint') == 1
+
+
 def test_a_missing_file_is_a_warning(tmp_path):
     train(tmp_path, epochs=2)
     (file,) = tmp_path.glob('epoch_2.pth.cbn*')

@@ -79,7 +79,6 @@ class CBNBurnInHook(Hook):
         self.diagnostics = check_bool('CBNBurnInHook', 'diagnostics', diagnostics)
         self._resumed_from: str | None = None
         self._begins = True  # the first iteration is to come
-        self._iterations = 0  # that were trained
         self._layers: dict[str, CBN] = {}  # that are in training
         self._all_layers: dict[str, CBN] = {}
         self._bad_batches: dict[str, int] = {}
@@ -100,7 +99,8 @@ class CBNBurnInHook(Hook):
             # wait for each other here, because a hook may save a checkpoint in one of them alone.
             window_file.remove_orphans(out_dir, get_rank())
             path = window_file.path_of(fileio.join_path(out_dir, filename), get_rank())
-            window_file.save(path, self._layers, self._iterations)
+            # As the checkpoint counts, which a hook may save before or after this one's after_train_iter.
+            window_file.save(path, self._layers, runner.iter + (not kwargs.get('by_epoch', True)))
             save_checkpoint(out_dir, filename, *args, **kwargs)
 
         if self.save_window:
@@ -114,7 +114,7 @@ class CBNBurnInHook(Hook):
                 'epochs. Use burn_in_iters; '
                 f'the train dataloader has {len(runner.train_dataloader)} iterations an epoch.'
             )
-        self._iterations, self._begins = runner.iter, True
+        self._begins = True
         model = model_of(runner)
         switches = any(isinstance(hook, SwitchNormHook) and hook.makes(CBN) for hook in runner.hooks)
         if not switches and not active_norms(model, CBN):
@@ -134,6 +134,11 @@ class CBNBurnInHook(Hook):
             self._find_layers(runner)
         if self._begins and self._resumed_from is not None:
             self._load_window(runner, window_file.path_of(self._resumed_from, get_rank()))
+        elif self._begins and self.save_window and runner.iter > 0:
+            runner.logger.warning(
+                'CBN: the run was resumed before its hooks could tell from which checkpoint, so the windows fill anew, '
+                'within k iterations. Resume with resume=True in the config, or --resume, to load them.'
+            )
         self._begins = False
         burn_in = self._done(runner) < self.length
         for layer in self._layers.values():
@@ -144,7 +149,6 @@ class CBNBurnInHook(Hook):
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
     ) -> None:
         """Put the window length into the log, and now and then a warning of inf and NaN, and diagnoses."""
-        self._iterations = runner.iter + 1
         lengths = [layer.window_length for layer in self._layers.values()]
         runner.message_hub.update_scalars(
             {

@@ -60,8 +60,8 @@ class CBN(nn.BatchNorm2d):
     - Statistics with inf or NaN enter neither the window nor the running statistics.
     - With ``order`` 1 or 2 a bias of the convolution cancels and receives no gradient.
     - Statistics are float32 or float64, whatever the precision of the input.
-    - A layer that is called several times in an iteration keeps one window for each call, in the order of the calls.
-      Examples are a head shared by the levels of an FPN, and a norm behind two convolutions.
+    - A layer that is called several times in an iteration keeps one window for each call. Examples are a head shared by
+      the levels of an FPN, and a norm behind two convolutions. Only their order tells the calls apart.
     - A backward pass through the layer ends an iteration. So each micro-batch counts under gradient accumulation.
 
     Double backward is not supported.
@@ -331,7 +331,7 @@ class CBN(nn.BatchNorm2d):
                 "mmengine's Runner begins to train. Add dict(type='CBNBurnInHook', burn_in_epochs=3) to custom_hooks, "
                 'or set the window_size of the layer.'
             )
-        if _is_exporting():
+        if _is_exporting() or torch.jit.is_tracing():
             # It would trace the window into the graph, and leave tensors of its own in it.
             raise RuntimeError(f'{title_of(self)} cannot be exported in training: call model.eval() before.')
         self._check_input_dim(input)
@@ -389,7 +389,8 @@ class CBN(nn.BatchNorm2d):
         """Start a new iteration. :class:`CBNBurnInHook` calls this.
 
         Without it, the layer finds out by itself: a new iteration starts if the last call had its backward pass, if
-        the weights have changed, or if the graph of the last call is gone.
+        the weights have changed, or if the graph of the last call is gone and the layer was called as often as in the
+        iterations before.
         """
         self.windows.begin_iteration()
 
@@ -482,7 +483,7 @@ class CBN(nn.BatchNorm2d):
                         f'CBN.convert_batchnorm: {name!r} is a {type(norm).__name__}, which does more than BatchNorm. '
                         'Name the parts to convert in prefixes'
                     )
-                torch.rand(())  # so that each layer has a stream of its own for ``samples``
+                torch.rand((), device='cpu')  # so that each layer has a stream of its own for ``samples``
                 shared = (norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
                 convert_in_place(norm, cls(*shared, bias=norm.bias is not None, **arguments))
         return module
@@ -497,11 +498,19 @@ class CBN(nn.BatchNorm2d):
         return {**self.__dict__, '_bad_batches': torch.zeros_like(self._bad_batches)}  # a copy begins to count
 
     def _apply(self, fn: Any, recurse: bool = True) -> 'CBN':
+        before = self._places()
         super()._apply(fn, recurse)
-        self.forget_window()  # the window stays behind on a move to another device or precision
-        self._bad_batches = fn(self._bad_batches).zero_()
-        self._recorder.forget()
+        self._bad_batches = fn(self._bad_batches)
+        if self._places() != before:
+            self.forget_window()  # it stays behind
+            self._bad_batches.zero_()
+            self._recorder.forget()
         return self
+
+    def _places(self) -> list[tuple[torch.device, torch.dtype]]:
+        """Where the layer's tensors are, and in what precision."""
+        tensors = (self.weight, self.bias, self.running_mean, self.running_var, self._bad_batches)
+        return [(tensor.device, tensor.dtype) for tensor in tensors if tensor is not None]
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)

@@ -35,7 +35,7 @@ class DiagnosisRecorder:
     def __init__(self) -> None:
         self._sums: Tensor | None = None
         self._radial: Tensor | None = None  # sum and count
-        self._handles: dict[Tensor, RemovableHandle] = {}  # of the convolutions' weights
+        self._watched: dict[nn.Module, tuple[Tensor, RemovableHandle]] = {}  # the convolutions' weights
         self._is_due = False  # the backward pass of a recorded step is to come
 
     def __call__(self, layer: Any, step: WindowStep) -> None:
@@ -66,16 +66,23 @@ class DiagnosisRecorder:
 
     def forget(self) -> None:
         """Begin to count anew."""
-        for handle in self._handles.values():
+        for _, handle in self._watched.values():
             handle.remove()
         self.__dict__.update(DiagnosisRecorder().__dict__)
 
     def _watch_gradient(self, step: WindowStep) -> None:
         module = None if step.conv is None else step.conv.module
-        # The weight of a transposed convolution has its output channels along another axis.
-        if isinstance(module, nn.Conv2d) and module.weight.requires_grad and module.weight not in self._handles:
-            hook = module.weight.register_post_accumulate_grad_hook(self._record_gradient)
-            self._handles[module.weight] = hook
+        # The weight of a transposed convolution has its output channels along another axis. One that is no leaf, as in
+        # FullyShardedDataParallel or torch.func.functional_call, receives no gradient that stays.
+        if not isinstance(module, nn.Conv2d) or not (module.weight.requires_grad and module.weight.is_leaf):
+            return
+        weight, handle = self._watched.get(module, (None, None))
+        if weight is module.weight:
+            return
+        if handle is not None:
+            handle.remove()
+        hook = module.weight.register_post_accumulate_grad_hook(self._record_gradient)
+        self._watched[module] = module.weight, hook
 
     def _record_gradient(self, weight: Tensor) -> None:
         if not self._is_due:

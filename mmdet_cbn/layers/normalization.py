@@ -79,8 +79,15 @@ class WindowNorm(torch.autograd.Function):
 
     @staticmethod
     @outside_graphs
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and not dy.requires_grad:
+            # torch's error for a double backward depends on this, but x and the weights make the result differentiable.
+            dy = dy.detach().requires_grad_()
+        return WindowNorm._once(ctx, dy)
+
+    @staticmethod
+    @once_differentiable
+    def _once(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         # Under torch.compile it may be on as in the forward.
         device = dy.device.type
         with torch.autocast(device, enabled=False) if is_autocast_enabled(device) else nullcontext():
