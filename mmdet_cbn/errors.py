@@ -35,7 +35,7 @@ def title_of(layer: nn.Module) -> str:
 def qualified_name(layer: nn.Module) -> str:
     """The name of ``layer`` in the outermost module that is being called, which the call stack shows.
 
-    A module does not know its own name. Outside any call, the name is that of the layer's type.
+    A module does not know its own name. Outside any call, its type takes the place of the name.
     """
     name = type(layer).__name__
     frame = sys._getframe()

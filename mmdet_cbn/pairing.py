@@ -195,7 +195,7 @@ def claim_call(output: Tensor, told: _ConvNd | None = None) -> tuple[_ConvNd, Te
 
 
 def _version_of(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version  # those of inference mode have none
+    return -1 if tensor.is_inference() else tensor._version  # a tensor of inference mode has none
 
 
 def _same(returned: Tensor | None, output: Tensor) -> bool:

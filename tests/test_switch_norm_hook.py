@@ -282,7 +282,7 @@ def test_in_training_by_iterations_it_switches_before_the_first(tmp_path):
 
 
 def test_another_eps_is_refused_because_a_test_would_not_know_of_it(tmp_path):
-    for eps, expected in ((1e-5, None), (0.5, r'eps of to must be that of the layers before, 1e-05.*got 0\.5')):
+    for eps, expected in ((1e-5, None), (0.5, r'eps of to must be the eps of the old layers, 1e-05.*got 0\.5')):
         hook = SwitchNormHook(epoch=1, source='BN', to=dict(type='CBN', eps=eps))
         runner = runner_for(tmp_path, Net(nn.BatchNorm2d(4)), hook, epochs=2)
         if expected is None:

@@ -51,9 +51,9 @@ def plan(target: str, cuda: str | None, sees_gpu: bool, is_forced: bool, nvcc: s
         )
     missing = None
     if nvcc is None:
-        missing = f'there is no nvcc. Install that of CUDA {cuda}, in the PATH or in CUDA_HOME'
+        missing = f'there is no nvcc. Install the one of CUDA {cuda}, in the PATH or in CUDA_HOME'
     elif nvcc.split('.')[0] != cuda.split('.')[0]:
-        missing = f'nvcc is of CUDA {nvcc}, and torch of CUDA {cuda}. Install that of {cuda} and set CUDA_HOME'
+        missing = f'nvcc is of CUDA {nvcc}, and torch of CUDA {cuda}. Install the one of {cuda} and set CUDA_HOME'
     if not sees_gpu and not is_forced:
         how = f'{missing}. Then {again}' if missing else again
         return True, (

@@ -32,7 +32,7 @@ class SampledStatistics(NamedTuple):
 
 
 class Sampled(Compensation):
-    """Moves the statistics of earlier iterations as those of their samples move.
+    """Moves the statistics of earlier iterations as the statistics of their samples move.
 
     The positions come from random numbers of the layer's own. No other stream is touched, and a seeded run draws the
     same positions again. Layers that are built without drawing weights between them, as in a block of mmdet's ResNet,

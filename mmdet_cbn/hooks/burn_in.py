@@ -200,7 +200,7 @@ class CBNBurnInHook(Hook):
             return
         layers, names = self._layers, dict(model_of(runner).named_modules()).keys()
         count = window_file.load(path, layers, names, runner.iter)
-        runner.logger.info(f'CBN: the windows of {count} of {len(layers)} layers are those of {path}.')
+        runner.logger.info(f'CBN: the windows of {count} of {len(layers)} layers come from {path}.')
 
     def _done(self, runner: Runner) -> int:
         return runner.epoch if self.by_epoch else runner.iter

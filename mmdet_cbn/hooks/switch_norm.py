@@ -119,7 +119,7 @@ class SwitchNormHook(Hook):
         others = {layer.eps for layer in layers.values()} - {eps}
         if eps is not None and others:
             raise ValueError(
-                f'SwitchNormHook: eps of to must be that of the layers before, {min(others)}, because a test knows no '
+                f'SwitchNormHook: eps of to must be the eps of the old layers, {min(others)}, because a test knows no '
                 f'hook; got {eps}. Give it in the norm_cfg of the model.'
             )
 

@@ -105,7 +105,7 @@ class Unpickler(_Unpickler):
         elif type(value) is OrderedDict:
             value.__dict__.update(state)
         else:
-            # Without __setstate__ pickle sets attributes, and so it would those of a class or a function.
+            # Without __setstate__ pickle sets attributes, of a class or a function, too.
             _check(id(type(value)) in _ids() and hasattr(value, '__setstate__'), f'the state of a {type(value)!r}')
             value.__setstate__(state)
 

@@ -1,6 +1,6 @@
 """The windows of a model in a file beside its checkpoint, from which a resumed run goes on.
 
-The checkpoint itself does not contain them. It stays that of a BatchNorm.
+The checkpoint itself does not contain them: it is what it would be with BatchNorm.
 """
 
 import io

@@ -152,7 +152,7 @@ class Replay:
 
     @contextmanager
     def weights_of(self, old: OldIteration, but: set[str]) -> Iterator[None]:
-        """The weights of then in place of those of now, in all layers but those named."""
+        """The old weights in place of the current ones, except in the layers named."""
         modules = [module for name in but for module in (self.layers[name], self.convs[name])]
         of_now = {parameter for module in modules for parameter in module.parameters()}
         replaced = {name: p for name, p in self._model.named_parameters() if p not in of_now}

@@ -232,7 +232,7 @@ class Detector:
 
 def measure(config: Config, settings: Settings, *inputs: Any) -> tuple[Detector, dict[str, Any]]:
     """The detector of a config, its window full, and ``config``, ``window_size``, ``memory_bytes``, ``training_flops``
-    and ``inference_flops`` of it. Arguments are those of :class:`Detector`."""
+    and ``inference_flops`` of it. It has the arguments of :class:`Detector`."""
     gc.collect()
     counter = StorageCounter()
     before = torch.cuda.memory_allocated(settings.device) if settings.on_cuda else 0

@@ -1,7 +1,7 @@
 """Our study of classification with SGD: small versions of the paper's rows of ResNet-18, on Imagenette.
 
-It has 4 epochs, half of those of the small versions, for the time that they take. With 1 image a step, the slowest,
-there are BN, GN and CBN only.
+It has 4 epochs, for the time that they take; the small versions have 8. With 1 image a step, the slowest, there are BN,
+GN and CBN only.
 """
 
 from ..paper.imagenet import METRICS, at_least_16, imagenet_row

@@ -147,7 +147,7 @@ def _of(images: int, row: Row) -> Row:
 
 
 def _series(method: str, images: int, argument: str, values: Sequence[float]) -> list[Row]:
-    """One argument of :func:`_row` varied; where it is the config's own value, the row is that of IMAGES."""
+    """One argument of :func:`_row` varied; where it is the config's own value, the row is the one of IMAGES."""
     own = suggested_window_size(images) if argument == 'window_size' else None
     varied: list[dict[str, Any]] = [{} if x == own else {argument: x} for x in values]
     return [_of(images, _row(method, images, x, **each)) for x, each in zip(values, varied, strict=True)]
