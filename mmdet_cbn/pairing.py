@@ -118,38 +118,33 @@ class _StopAtConv2d(TorchFunctionMode):
 
 
 class _Remembered:
-    """A call of a convolution.
-
-    It keeps the input alive until a norm claims the call, because nothing else may. Then a second norm can claim it for
-    as long as something else does.
-    """
+    """A call of a convolution. It keeps the input alive, because nothing else may until the norm is called."""
 
     def __init__(self, conv: _ConvNd, input: Tensor, output: Tensor) -> None:
-        self._conv, self._output, self._version = weakref.ref(conv), weakref.ref(output), _version_of(output)
-        self._input: Callable[[], Tensor | None] = lambda: input
+        self._conv, self._input = weakref.ref(conv), input
+        self._output, self._version = weakref.ref(output), _version_of(output)
 
     def claim(self, output: Tensor) -> tuple[_ConvNd, Tensor] | None:
         """The convolution and its input; None if the call did not return ``output`` as it is now."""
-        conv, input = self._conv(), self._input()
-        if not _same(self._output(), output) or self._version != _version_of(output) or conv is None or input is None:
+        conv = self._conv()
+        if conv is None or not _same(self._output(), output) or self._version != _version_of(output):
             return None
-        self._input = weakref.ref(input)
-        return conv, input
+        return conv, self._input
 
 
 class _Calls(threading.local):
     """The calls on this thread that norms may claim."""
 
     def __init__(self) -> None:
-        #: The last one. A norm follows its convolution at once, so one call is enough, and no more than one input is
-        #: kept alive.
+        #: The last one. A norm follows its convolution at once, so this is enough, and keeps one input alive at most.
         self.last: _Remembered | None = None
-        #: The last one of each convolution that was told to a norm: others may be called in between.
+        #: The last one of each convolution that a norm was told: others may be called in between.
         self.of_told: weakref.WeakKeyDictionary[_ConvNd, _Remembered] = weakref.WeakKeyDictionary()
 
 
 _calls = _Calls()
-_told: weakref.WeakSet[_ConvNd] = weakref.WeakSet()
+# The finders in training of each convolution that they were told.
+_told: weakref.WeakKeyDictionary[_ConvNd, 'weakref.WeakSet[ConvFinder]'] = weakref.WeakKeyDictionary()
 
 
 class _Traced:
@@ -173,7 +168,7 @@ def remember_call(module: nn.Module, args: tuple, kwargs: dict[str, Any], output
         _traced.call = module, input, output
         return
     _calls.last = _Remembered(module, input, output)
-    if module in _told:
+    if _told.get(module):
         _calls.of_told[module] = _calls.last
 
 
@@ -182,7 +177,7 @@ def claim_call(output: Tensor, told: _ConvNd | None = None) -> tuple[_ConvNd, Te
 
     Args:
         output: What it returned.
-        told: A convolution after whose call there may have been others.
+        told: The convolution that the norm was told, if it was. After its call there may have been others.
 
     Returns:
         None if another call was the last one, if the call was not remembered, or if ``output`` was modified in place.
@@ -191,7 +186,13 @@ def claim_call(output: Tensor, told: _ConvNd | None = None) -> tuple[_ConvNd, Te
         traced, _traced.call = _traced.call, None
         return None if traced is None or traced[2] is not output else traced[:2]
     call = _calls.last if told is None else _calls.of_told.get(told)
-    return None if call is None else call.claim(output)
+    found = None if call is None else call.claim(output)
+    if found is None:
+        return None
+    _calls.of_told.pop(found[0], None)
+    if call is _calls.last:
+        _calls.last = None
+    return found
 
 
 def _version_of(tensor: Tensor) -> int:
@@ -212,15 +213,16 @@ class ConvFinder:
 
     Args:
         conv: The convolution that feeds the norm. None to find it in training.
+
+    Attributes:
+        told: ``conv``.
     """
 
     def __init__(self, conv: _ConvNd | None = None) -> None:
         # The convolutions known, each with the handle of its hook while the norm is in training.
         self._handles: dict[_ConvNd, RemovableHandle | None] = {} if conv is None else {conv: None}
-        self._told = conv
+        self.told = conv
         self._settled = conv is not None
-        if conv is not None:
-            _told.add(conv)
         self._in_training = False
         # Those that were seen since it has watched all convolutions, and whether one of them was not known.
         self._seen: set[_ConvNd] = set()
@@ -229,13 +231,11 @@ class ConvFinder:
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy must watch as its original does, or it misses the convolution in its first forward.
         self.__dict__.update(state)
-        if self._told is not None:
-            _told.add(self._told)
-        if self._in_training and not self._settled:
-            watch.add(self)
+        if self._in_training:
+            self._join()
 
     def __del__(self) -> None:
-        # What takes the place of its norm may be no norm of ours.
+        # The norm may have been replaced by one that knows nothing of this.
         for handle in self.__dict__.get('_handles', {}).values():
             if handle is not None:
                 handle.remove()
@@ -246,7 +246,12 @@ class ConvFinder:
         for conv, handle in self._handles.items():
             if handle is None:
                 self._handles[conv] = conv.register_forward_hook(remember_call, prepend=True, with_kwargs=True)
-        if not self._settled:
+        self._join()
+
+    def _join(self) -> None:
+        if self.told is not None:
+            _told.setdefault(self.told, weakref.WeakSet()).add(self)
+        elif not self._settled:
             watch.add(self)
 
     def stop(self) -> None:
@@ -256,7 +261,9 @@ class ConvFinder:
             if handle is not None:
                 handle.remove()
                 self._handles[conv] = None
-            _calls.of_told.pop(conv, None)
+        if self.told is not None:
+            _told.get(self.told, weakref.WeakSet()).discard(self)
+            _calls.of_told.pop(self.told, None)
         watch.discard(self)
 
     def find(self, output: Tensor) -> tuple[_ConvNd, Tensor] | None:
@@ -268,11 +275,11 @@ class ConvFinder:
         Raises:
             LookupError: No convolution has just returned ``output``.
         """
-        claimed = claim_call(output, self._told)
+        claimed = claim_call(output, self.told)
         if is_compiling() and claimed is not None:
             return claimed  # the graph keeps it
         if claimed is None:
-            if self._told is not None or self in watch:
+            if self.told is not None or self in watch:
                 raise LookupError
             self._settled = False
             self.start()

@@ -145,6 +145,35 @@ def test_forwards_without_gradients_go_round_the_windows_of_a_shared_head():
     assert [len(window) for window in head[1].windows] == [2] * len(LEVELS)
 
 
+def test_a_shorter_forward_without_gradients_is_an_iteration_of_its_own():
+    """As one call of a discriminator, to look at its accuracy, before it trains on real and fake images."""
+    head = conv_and_norm(window_size=3)
+    conv = copy.deepcopy(head[0])
+    for number, (x, other) in enumerate(zip(batches(5, seed=1), batches(5, seed=2), strict=True)):
+        if number == 3:
+            with torch.no_grad():
+                head(x)
+        outputs = head(x), head(other + 10)
+        assert head[1].window_length == min(number + 1, 3)
+        sum(map(loss_of, outputs)).backward()
+    of_real, of_fake = (window.stacked().mean for window in head[1].windows)
+    assert (of_fake[:] - of_real.mean(dim=0)).abs().amax(dim=1).min() > 2 * of_real.std(dim=0).max()
+    torch.testing.assert_close(of_fake[0], conv(other + 10).mean(dim=(0, 2, 3)))
+
+
+def test_a_copy_begins_an_iteration_of_its_own():
+    head = conv_and_norm(window_size=3)
+    for xs in levels(3):
+        sum(loss_of(head(x)) for x in xs).backward()
+    first, second, *_ = next(levels(1))
+    y = head(first)  # noqa: F841  # its graph is alive
+    copied, other = copy.deepcopy(head), copy.deepcopy(head)
+    other[1].begin_iteration()
+    torch.testing.assert_close(copied(first), other(first))
+    assert copied[1].window_length == 3 and [len(window) for window in copied[1].windows] == [2] * len(LEVELS)
+    assert head(second).shape == second.shape and len(head[1].windows) == len(LEVELS)
+
+
 def test_a_level_whose_output_is_dropped_does_not_end_the_iteration():
     """As one without a target, whose graph is gone before the next level is called."""
     head, reference = conv_and_norm(window_size=3), conv_and_norm(window_size=3)
@@ -357,10 +386,8 @@ def test_a_checkpointed_block_begins_before_the_convolution(burn_in):
     norm.burn_in = burn_in
     for number, x in enumerate(batches(3)):
         if number == 2 and not burn_in:
-            loss = loss_of(checkpoint(norm, conv(x), use_reentrant=False))
-            conv(x)  # as others are called before the block runs again
             with pytest.raises(RuntimeError, match='begin the block before the convolution'):
-                loss.backward()
+                loss_of(checkpoint(norm, conv(x), use_reentrant=False)).backward()
         else:
             block = norm if burn_in else lambda x: norm(conv(x))
             loss_of(checkpoint(block, conv(x) if burn_in else x, use_reentrant=False)).backward()

@@ -937,6 +937,19 @@ def test_moving_to_another_precision_or_device_starts_the_window_afresh(move):
     assert lengths == [1, 2, 3]
 
 
+@pytest.mark.parametrize('kind', [dict(), dict(order=2), dict(samples=8)], ids=str)
+def test_a_layer_without_any_number_of_its_own_starts_afresh_after_each_move(kind):
+    conv = nn.Conv2d(4, 4, 3, padding=1)
+    model = nn.Sequential(conv, CBN(4, window_size=3, affine=False, track_running_stats=False, **kind))
+    lengths = []
+    for dtype in (torch.float32, torch.float64):
+        model.to(dtype)
+        for x in batches(3, dtype=dtype):
+            model(x)
+            lengths.append(model[1].window_length)
+    assert lengths == [1, 2, 3, 1, 2, 3]
+
+
 def test_a_move_to_where_the_layer_is_leaves_the_window_alone():
     model = conv_and_norm(window_size=3)
     lengths = []
@@ -998,20 +1011,32 @@ def test_of_a_convolution_that_is_named_the_call_may_be_older():
                 conv.weight.mul_(1.02)
                 model[0].weight.mul_(1.02)
     assert [norm.window_length for norm in named] == [3, 3]
-    seen = weakref.ref(x)
-    named[0](pairs[0][0](x))
-    del x, y, outputs
-    gc.collect()
-    assert seen() is None, 'once a layer has claimed the call, nothing keeps its input'
 
 
-def test_two_layers_can_follow_one_convolution():
-    conv, first = conv_and_norm(window_size=3)
-    second = copy.deepcopy(first)
+@pytest.mark.parametrize('burn_in', [False, True])
+@pytest.mark.parametrize('use_reentrant', [False, True])
+def test_convolutions_that_are_named_run_again_in_a_checkpointed_block(use_reentrant, burn_in):
+    """And nothing keeps their inputs afterwards."""
+    convs = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1).double() for _ in range(2))
+    norms = nn.ModuleList(CBN(4, window_size=3, conv=conv).double() for conv in convs)
+    plain = copy.deepcopy(nn.ModuleList([convs, norms]))
+    seen = []
+
+    def block(x, convs, norms):
+        inputs = [x * 1, x * 2]
+        seen.extend(weakref.ref(each) for each in inputs)
+        outputs = [conv(each) for conv, each in zip(convs, inputs, strict=True)]
+        return sum(norm(y) for norm, y in zip(norms, outputs, strict=True))
+
+    for norm in (*norms, *plain[1]):
+        norm.burn_in = burn_in
     for x in batches(4):
-        y = conv(x)
-        torch.testing.assert_close(first(y), second(y))
-    assert first.window_length == second.window_length == 3
+        inputs = [x.clone().requires_grad_() for _ in range(2)]
+        loss_of(checkpoint(block, inputs[0], convs, norms, use_reentrant=use_reentrant)).backward()
+        loss_of(block(inputs[1], *plain)).backward()
+        torch.testing.assert_close(inputs[0].grad, inputs[1].grad)
+    gc.collect()
+    assert not any(each() is not None for each in seen)
 
 
 def test_a_layer_that_was_replaced_leaves_no_hook_on_its_convolution():

@@ -197,9 +197,13 @@ def test_a_diagnosis_does_without_the_gradient_of_a_weight_that_is_no_leaf():
         watched.append(weakref.ref(weight))
         functional_call(model, {'0.weight': weight}, (torch.randn(2, 3, 6, 6),)).pow(3).mean().backward()
         assert (norm.diagnosis().radial is not None) == is_leaf
+    of_conv = weakref.ref(conv)
     del leaf, weight
     gc.collect()
     assert [found() is None for found in watched] == [True, True, True, False], 'the last one alone is kept'
+    del model, conv, norm
+    gc.collect()
+    assert of_conv() is None and watched[-1]() is None
 
 
 def test_a_frozen_convolution_has_no_radial_part(tmp_path):

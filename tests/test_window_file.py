@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import Net, runner_for
 from mmengine.dist import get_rank
+from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
 from test_device import to_cuda
 from torch import distributed, multiprocessing, nn
@@ -186,6 +187,52 @@ def test_a_hook_may_save_before_ours_or_after(tmp_path, order):
     (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'mine.pth'))
     assert whole.lengths == [1] * 4 + [1, 2, 3, 4] + [4] * 4
     assert train(tmp_path, epochs=3, resume=True).lengths[0] == 3, 'after 6 of 12 iterations, 2 with a window'
+
+
+class Accuracy(BaseMetric):
+    """The same in each epoch, so that the first is the best."""
+
+    def process(self, data_batch, data_samples):
+        self.results.append(1)
+
+    def compute_metrics(self, results):
+        return dict(accuracy=1.0)
+
+
+def test_the_best_checkpoint_has_its_windows(tmp_path):
+    """mmengine counts its iterations otherwise than those of other checkpoints."""
+
+    class Evaluated(Net):
+        def forward(self, inputs, mode='tensor'):
+            return super().forward(inputs) if mode == 'loss' else inputs
+
+    def train_and_evaluate(**kwargs):
+        torch.manual_seed(0)
+        model = Evaluated(CBN(4, window_size=4))
+        images = dict(dataset=[dict(inputs=torch.zeros(3, 6, 6))], sampler=dict(type='DefaultSampler', shuffle=False))
+        evaluation = dict(
+            val_dataloader=dict(images, batch_size=1, collate_fn=dict(type='pseudo_collate')),
+            val_cfg=dict(),
+            val_evaluator=[Accuracy()],
+        )
+        hook = dict(HOOK, burn_in_epochs=0)
+        runner = runner_for(tmp_path, model, hook, epochs=2, **evaluation, **kwargs)
+        runner.register_hook(dict(type='CheckpointHook', interval=-1, save_best='accuracy'))
+        runner.train()
+        return model.lengths
+
+    assert train_and_evaluate() == [1, 2, 3, 4, 4, 4, 4, 4]
+    assert train_and_evaluate(resume=True, load_from=str(tmp_path / 'best_accuracy_epoch_1.pth')) == [4] * 4
+
+
+def test_to_train_on_with_the_same_runner_is_no_resume(tmp_path):
+    model = Net(CBN(4, window_size=4))
+    runner = runner_for(tmp_path, model, dict(HOOK, burn_in_epochs=0), epochs=1)
+    runner.train()
+    runner.train_loop._max_epochs = 2
+    runner.train()
+    assert model.lengths == [1, 2, 3, 4, 4, 4, 4, 4]
+    assert 'the run was resumed before' not in ''.join(path.read_text() for path in tmp_path.glob('*/*.log'))
 
 
 def test_a_resume_before_the_hooks_is_a_warning(tmp_path):

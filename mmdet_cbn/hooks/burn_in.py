@@ -1,5 +1,6 @@
 """The burn-in of Cross-Iteration Batch Normalization, counted by mmengine's Runner."""
 
+from inspect import signature
 from typing import Any
 
 from mmengine import fileio
@@ -99,8 +100,10 @@ class CBNBurnInHook(Hook):
             # wait for each other here, because a hook may save a checkpoint in one of them alone.
             window_file.remove_orphans(out_dir, get_rank())
             path = window_file.path_of(fileio.join_path(out_dir, filename), get_rank())
-            # As the checkpoint counts, which a hook may save before or after this one's after_train_iter.
-            window_file.save(path, self._layers, runner.iter + (not kwargs.get('by_epoch', True)))
+            # The checkpoint counts so, and a hook may save it before or after this one's after_train_iter.
+            given = signature(save_checkpoint).bind(out_dir, filename, *args, **kwargs).arguments
+            counted = runner.iter if given.get('by_epoch', True) else runner.iter + 1
+            window_file.save(path, self._layers, (given.get('meta') or {}).get('iter', counted))
             save_checkpoint(out_dir, filename, *args, **kwargs)
 
         if self.save_window:
@@ -134,7 +137,7 @@ class CBNBurnInHook(Hook):
             self._find_layers(runner)
         if self._begins and self._resumed_from is not None:
             self._load_window(runner, window_file.path_of(self._resumed_from, get_rank()))
-        elif self._begins and self.save_window and runner.iter > 0:
+        elif self._begins and self.save_window and runner.iter > 0 and not self._has_windows():
             runner.logger.warning(
                 'CBN: the run was resumed before its hooks could tell from which checkpoint, so the windows fill anew, '
                 'within k iterations. Resume with resume=True in the config, or --resume, to load them.'
@@ -201,6 +204,9 @@ class CBNBurnInHook(Hook):
         layers, names = self._layers, dict(model_of(runner).named_modules()).keys()
         count = window_file.load(path, layers, names, runner.iter)
         runner.logger.info(f'CBN: the windows of {count} of {len(layers)} layers come from {path}.')
+
+    def _has_windows(self) -> bool:
+        return any(len(window) > 0 for layer in self._layers.values() for window in layer.windows)
 
     def _done(self, runner: Runner) -> int:
         return runner.epoch if self.by_epoch else runner.iter

@@ -257,7 +257,7 @@ class CBN(nn.BatchNorm2d):
         if not self.compensation.needs_conv:
             return None
         if is_recomputing():
-            return None if self.burn_in else self._find_conv_again(input)
+            return self._find_conv_again(input)
         reason: str | None = 'its input is not the output of a convolution that was called just before, unchanged'
         try:
             found = self.finder.find(input)
@@ -271,9 +271,11 @@ class CBN(nn.BatchNorm2d):
             reason = why_unsupported(found[0])
         return found if reason is None else self._do_without_conv(reason)
 
-    def _find_conv_again(self, input: Tensor) -> tuple[Any, Tensor]:
+    def _find_conv_again(self, input: Tensor) -> tuple[Any, Tensor] | None:
         """As :meth:`_find_conv`, in a checkpointed block that runs again. Nothing is learned from that."""
-        found = claim_call(input)
+        found = claim_call(input, self.finder.told)
+        if self.burn_in:
+            return None
         if found is None:
             raise RuntimeError(
                 f'{title_of(self)} runs again in a checkpointed block, and its convolution does not: begin the block '
@@ -390,7 +392,7 @@ class CBN(nn.BatchNorm2d):
 
         Without it, the layer finds out by itself: a new iteration starts if the last call had its backward pass, if
         the weights have changed, or if the graph of the last call is gone and the layer was called as often as in the
-        iterations before.
+        iterations before. Call it yourself after a forward that failed in a layer with several calls.
         """
         self.windows.begin_iteration()
 
@@ -500,16 +502,15 @@ class CBN(nn.BatchNorm2d):
     def _apply(self, fn: Any, recurse: bool = True) -> 'CBN':
         before = self._places()
         super()._apply(fn, recurse)
-        self._bad_batches = fn(self._bad_batches)
-        if self._places() != before:
+        self._bad_batches = fn(self._bad_batches).zero_()
+        if not before or self._places() != before:
             self.forget_window()  # it stays behind
-            self._bad_batches.zero_()
             self._recorder.forget()
         return self
 
     def _places(self) -> list[tuple[torch.device, torch.dtype]]:
-        """Where the layer's tensors are, and in what precision."""
-        tensors = (self.weight, self.bias, self.running_mean, self.running_var, self._bad_batches)
+        """Where parameters and running statistics are, and in what precision; empty if there are none."""
+        tensors = (self.weight, self.bias, self.running_mean, self.running_var)
         return [(tensor.device, tensor.dtype) for tensor in tensors if tensor is not None]
 
     def _load_from_state_dict(self, *args: Any) -> None:

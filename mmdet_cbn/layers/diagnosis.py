@@ -1,6 +1,7 @@
 """How far a CBN layer relied on its compensation."""
 
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, WeakMethod
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,8 @@ class DiagnosisRecorder:
     def __init__(self) -> None:
         self._sums: Tensor | None = None
         self._radial: Tensor | None = None  # sum and count
-        self._watched: dict[nn.Module, tuple[Tensor, RemovableHandle]] = {}  # the convolutions' weights
+        # The weight of each convolution. Weakly, as the hook below holds this: the weight holds its hook.
+        self._watched: WeakKeyDictionary[nn.Module, tuple[Tensor, RemovableHandle]] = WeakKeyDictionary()
         self._is_due = False  # the backward pass of a recorded step is to come
 
     def __call__(self, layer: Any, step: WindowStep) -> None:
@@ -81,8 +83,13 @@ class DiagnosisRecorder:
             return
         if handle is not None:
             handle.remove()
-        hook = module.weight.register_post_accumulate_grad_hook(self._record_gradient)
-        self._watched[module] = module.weight, hook
+        record = WeakMethod(self._record_gradient)
+
+        def hook(weight: Tensor) -> None:
+            if (method := record()) is not None:
+                method(weight)
+
+        self._watched[module] = module.weight, module.weight.register_post_accumulate_grad_hook(hook)
 
     def _record_gradient(self, weight: Tensor) -> None:
         if not self._is_due:
@@ -93,5 +100,5 @@ class DiagnosisRecorder:
         sums = torch.stack([radial.where(finite, 0).sum(), finite.sum()])
         self._radial = sums if self._radial is None else self._radial + sums
 
-    def __getstate__(self) -> dict[str, Any]:
-        return DiagnosisRecorder().__dict__  # a copy begins to count
+    def __reduce__(self) -> tuple[type, tuple]:
+        return DiagnosisRecorder, ()  # a copy begins to count

@@ -66,8 +66,9 @@ class Iteration:
         self._records_graph = False
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy has no graph.
-        return {**self.__dict__, 'first_runs': [], 'compiled_call': None, '_last_call': None, '_weight': None}
+        # A copy has no graph, and begins an iteration of its own.
+        of_graph = {'calls': 0, 'first_runs': [], 'compiled_call': None, '_last_call': None, '_weight': None}
+        return {**self.__dict__, **of_graph}
 
     @property
     def last_call(self) -> Call | None:
@@ -77,15 +78,20 @@ class Iteration:
     def is_over(self, calls: int = 0) -> bool:
         """Whether the next call belongs to another iteration.
 
-        It does if a backward pass has gone through any layer since the last call, whose own output may not be in the
-        loss, or if the weight has been changed in place. If the last call merely has no graph any more, it does once
-        there were ``calls``: then nobody can tell.
+        It does if a backward pass has gone through any layer since the last call, or if the weight has been changed in
+        place. The output of the last call itself need not be in the loss.
+
+        If the last call has no graph, or none any more, nobody can tell. Then an iteration has as many calls as the
+        ones before it had, all with gradients or all without.
+
+        Args:
+            calls: How many those had.
         """
         weight = None if self._weight is None else self._weight()
         has_changed = weight is not None and weight._version != self._version
         if has_changed or Call.backward_passes != self._began_after:
             return True
-        return self.last_call is None and self.calls >= calls
+        return self.last_call is None and (self.calls >= calls or self._records_graph != torch.is_grad_enabled())
 
     def begin(self) -> None:
         """Start a new iteration."""
@@ -133,8 +139,8 @@ class Iteration:
                 'that convolution',
             )
         (run,) = found
-        # Re-entrant checkpointing records no graph in the first run. So each call looks like an iteration of its own,
-        # and only the last one is noted here. If two run again in one backward pass, there were more.
+        # Re-entrant checkpointing records no graph in the first run. So each call may look like an iteration of its
+        # own, and only the last one is noted here. If two run again in one backward pass, there were more.
         backward_pass = torch._C._current_graph_task_id()
         if not run.had_graph and run.backward_pass == backward_pass:
             self._refuse(layer, f'several of its calls in this iteration had inputs of {list(shape)}')
@@ -183,8 +189,8 @@ class CallWindows:
             return
         for number, window in enumerate(self._windows):
             window.unused = 0 if number < self.iteration.calls else window.unused + 1
-        # By then all that it has is older than the k iterations. Sooner would be too soon for a discriminator, which
-        # is called twice and once in turn.
+        # What a window has that was not used for k - 1 iterations is older than the k iterations. To give it back
+        # sooner would leave none for a discriminator's second call, if it is called twice and once in turn.
         while self._windows[-1].unused >= max(self._capacity, 1):
             del self._windows[-1]
         self.iteration.begin()

@@ -20,7 +20,7 @@ class Window(Generic[Statistics]):
         capacity: How many iterations to keep, k - 1.
 
     Attributes:
-        unused (int): Since how many iterations the layer has not come to it.
+        unused (int): For how many iterations the layer has not used it.
     """
 
     def __init__(self, capacity: int) -> None:

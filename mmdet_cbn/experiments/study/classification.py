@@ -6,14 +6,18 @@ GN and CBN only.
 
 from ..paper.imagenet import METRICS, at_least_16, imagenet_row
 from ..rows.table import Row, Table
-from .methods import METHODS, words_of
+from .methods import METHODS, brn_steps, words_of
 
-_SHORT = {'train_cfg.max_epochs': 4, 'param_scheduler.T_max': 4}
+_EPOCHS = 4
+_SHORT = {'train_cfg.max_epochs': _EPOCHS, 'param_scheduler.T_max': _EPOCHS}
+_IMAGES = 9469  # of Imagenette, to train on
 _BURN_IN = 1  # epochs
 
 
 def _ours(method: str, images: int, rate: float = 1, burn_in: int = _BURN_IN) -> Row:
     norm, arguments = METHODS[method]
+    if norm == 'brn':
+        arguments = brn_steps(_EPOCHS * _IMAGES // images)
     words = ['small', *words_of(method), str(images), *[f'rate-{rate}'] * (rate != 1)]
     changes = {**arguments, **at_least_16(norm, images), 'times_rate': rate, 'small': 'imagenette'}
     if burn_in != _BURN_IN:

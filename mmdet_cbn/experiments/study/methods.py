@@ -16,6 +16,15 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def brn_steps(iterations: int) -> dict[str, tuple[int, int]]:
+    """Steps in which the limits of BRN grow in so short a training: as much of it as in the BRN paper's 130,000.
+
+    There r grows from step 5,000 to 40,000, and d to 25,000.
+    """
+    first, last_of_r, last_of_d = (round(iterations * step / 130_000) for step in (5_000, 40_000, 25_000))
+    return {'r_steps': (first, last_of_r), 'd_steps': (first, last_of_d)}
+
+
 def words_of(method: str) -> list[str]:
     """The parts of the names of its rows."""
     return method.lower().replace(', ', ' ').split()
