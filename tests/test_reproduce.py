@@ -16,11 +16,12 @@ from string import Template
 import pytest
 from conftest import ROOT
 
-from mmdet_cbn.experiments.paper.coco import COCO, FIGURE3, FIGURE5, TABLE5
+from mmdet_cbn.experiments.paper.coco import COCO, FIGURE3, FIGURE5, TABLE5, TABLE6_MASK, TABLE8
 from mmdet_cbn.experiments.rows import logs, runs
-from mmdet_cbn.experiments.rows.logs import Run, collect, find_runs, settings_of
+from mmdet_cbn.experiments.rows.logs import Run, collect, find_runs, store_runs
 from mmdet_cbn.experiments.rows.report import markdown, plot_curves, plot_figure, write_report
 from mmdet_cbn.experiments.rows.runs import NOTHING_DETECTED, Setting, Trial, recipe_of, trials_of
+from mmdet_cbn.experiments.rows.settings import settings_of
 from mmdet_cbn.experiments.rows.table import BOX, Row
 
 CONFIGS = ROOT / 'configs'
@@ -201,6 +202,17 @@ def test_damaged_logs_are_named(file, content, named, tmp_path, monkeypatch, cap
         assert run.metrics == ({'bbox_mAP': 50} if 'test' in file else {})
 
 
+def test_a_config_that_a_full_disk_left_empty_is_passed_over(tmp_path):
+    for time_of_run, config in (('1', "train_cfg = dict(max_epochs=1)\nrow = 'name'"), ('2', '')):
+        folder = tmp_path / time_of_run / 'vis_data'
+        folder.mkdir(parents=True)
+        (folder / 'scalars.json').write_text('{"coco/bbox_mAP": 0.5, "step": 1}\n' if config else '')
+        (folder / 'config.py').write_text(config)
+        (folder.parent / f'{time_of_run}.log').write_text('GPU number: 1\n')
+    (run,) = find_runs([tmp_path])
+    assert run.metrics == {'bbox_mAP': 50} and run.epochs == 1
+
+
 # -- runs that detect nothing: mmdet gives no metrics of them, mmengine writes the rest
 
 EMPTY = f'{NOTHING_DETECTED}\n11/25 07:15:04 - mmengine - INFO - Epoch(val) [{{}}][1/1]    time: 9.6507\n'
@@ -300,6 +312,39 @@ def test_runs_with_other_settings_stand_apart():
     assert "(1) Other settings, the paper's in brackets: optim_wrapper.optimizer.lr = 0.01 (0.02)." in text
 
 
+@pytest.mark.parametrize(
+    'options',
+    [
+        {'sync_bn': 'torch'},
+        {'load_from': 'epoch_12.pth'},
+        {'default_hooks.ema.type': 'EMAHook'},
+        {'default_hooks.sync_buffers': None},
+        {'test_evaluator.metric': 'proposal'},
+        {'test_dataloader.dataset.test_mode': False},
+    ],
+    ids=str,
+)
+def test_whatever_decides_on_the_result_is_compared(options):
+    row = TABLE5.rows[0]
+    config = recipe_of(row, CONFIGS)
+    config.merge_from_dict(options)
+    (run,) = as_in_the_paper(row, [36.0])
+    (entry,) = collect(TABLE5, [run._replace(settings={**settings_of(config), 'GPUs': 4})], CONFIGS)[row.name]
+    assert any(next(iter(options)) in difference for difference in entry.differences)
+
+
+def test_table_8_has_no_trials_of_other_tables(tmp_path, monkeypatch):
+    """One of its configs is a row of Table 6, too."""
+    row = next(row for row in TABLE8.rows if any(row.config == other.config for other in TABLE6_MASK.rows))
+    store_runs(as_in_the_paper(row, [36.0]), tmp_path / 'runs.json')
+    page = tmp_path / 'page.md'
+    page.write_text((CONFIGS / 'cbn' / 'README.md').read_text())
+    monkeypatch.setattr(sys, 'argv', ['report.py', str(tmp_path / 'runs.json'), '--readme', str(page)])
+    runpy.run_path(str(ROOT / 'tools' / 'report.py'), run_name='__main__')
+    before, table = page.read_text().split('<!-- table8 -->')
+    assert 'ours' in before and 'ours' not in table
+
+
 def test_a_half_done_run_is_missing_with_its_progress():
     row = TABLE5.rows[0]
     runs = [run._replace(metrics={}, curve={5: {'bbox_mAP': 30.0}}) for run in as_in_the_paper(row, [36.0])]
@@ -338,6 +383,15 @@ def test_a_figure_has_our_points_and_the_papers():
     assert [*ours.lines[0].get_xdata()] == [2, 8] and [*ours.lines[0].get_ydata()] == [37.5, 38.5]
     stars = {(*line.get_xdata(), *line.get_ydata()) for line in axes.lines if line.get_marker() == '*'} - {()}
     assert stars == {(1, 36.3), (4, 37.7)}
+
+
+def test_a_trial_that_has_not_ended_hides_none_that_has():
+    row = next(row for row in FIGURE3.rows if row.name == 'bn-k1')
+    (ended,) = as_in_the_paper(row, [30.0], **{'optim_wrapper.optimizer.lr': 0.01})
+    (begun,) = as_in_the_paper(row, [36.0])
+    entries = collect(FIGURE3, [begun._replace(metrics={}), ended], CONFIGS)
+    (line,) = plot_figure(FIGURE3, entries).axes[0].containers
+    assert [*line.lines[0].get_ydata()] == [30.0] and line.get_label() == 'BN, not as in the paper'
 
 
 def test_the_tables_in_the_readme_are_the_papers(tmp_path, monkeypatch):
@@ -483,13 +537,19 @@ def test_the_paper_and_the_study_have_folders_of_their_own(table, folder, monkey
     assert code == 0 and set(work_dirs) == {f'work_dirs/{folder}'}
 
 
+@pytest.mark.parametrize(('table', 'tool'), [('5', 'dist_train.sh'), ('study-rate', 'train.py')])
+def test_the_paper_is_for_4_gpus_and_our_study_for_1(table, tool, monkeypatch, capsys):
+    code, text = reproduce(monkeypatch, capsys, '--table', table, '--trials', '1', '--dry-run')
+    assert code == 0 and set(re.findall(r'tools/(\w+\.\w+) \S+ (?:4 )?--work-dir \S+/seed-0 --resume', text)) == {tool}
+
+
 def test_a_run_that_two_rows_share_is_made_once(tmp_path):
     setting = Setting(ROOT, tmp_path)
     trials = trials_of([row for table in COCO if table.number in '56' for row in table.rows], 1, setting)
     assert len(trials) == len({trial.work_dir for trial in trials}) == 10 + 12 - 3
 
 
-def test_a_small_twin_multiplies_its_own_images():
+def test_a_small_version_multiplies_its_own_images():
     row = next(row for row in FIGURE3.rows if row.name == 'bn-k4')
     setting = Setting(ROOT, Path('runs'))
     paper, small = (Trial(row._replace(small=name), 0, setting).options for name in (None, 'shapes'))
@@ -550,10 +610,9 @@ class Fake(Trial):
 
 @pytest.fixture
 def fake(tmp_path):
-    def make(kind=Fake, gpus=4):
-        return kind(
-            Row('name', ('label',), 'faster-rcnn_r50_fpn_bn-head_1x_coco', {}), 0, Setting(ROOT, tmp_path, gpus)
-        )
+    def make(kind=Fake, gpus=4, options=()):
+        row = Row('name', ('label',), 'faster-rcnn_r50_fpn_bn-head_1x_coco', {})
+        return kind(row, 0, Setting(ROOT, tmp_path, gpus, options))
 
     return make
 
@@ -658,10 +717,32 @@ def test_damaged_settings_are_named_and_stop_no_other_trial(fake):
     assert steps == [] and re.match(r'NOT RUN: .*settings\.json, which has its settings, is damaged', result)
 
 
+REFUSED = r'NOT RUN: it was begun with other settings \(.*settings.json has them\)'
+
+
 def test_other_settings_are_refused(fake):
     run(fake())
-    result, steps = run(fake(gpus=2))
-    assert steps == [] and re.match(r'NOT RUN: it was begun with other settings \(.*settings.json has them\)', result)
+    for others in (dict(gpus=2), dict(options=('optim_wrapper.optimizer.lr=0.01',))):
+        result, steps = run(fake(**others))
+        assert steps == [] and re.match(REFUSED, result)
+
+
+def test_settings_that_do_not_decide_may_change(fake):
+    """As what preflight.py advises where the disk is too small."""
+    run(fake())
+    harmless = ('default_hooks.checkpoint.max_keep_ckpts=2', 'train_dataloader.num_workers=8', 'log_level=DEBUG')
+    assert run(fake(options=harmless)) == ('was finished', [])
+
+
+def test_a_trial_does_not_go_on_with_a_config_that_has_changed_meanwhile(fake):
+    run(fake())
+    file = fake().work_dir / 'settings.json'
+    begun = json.loads(file.read_text())
+    file.write_text(json.dumps({**begun, 'recipe': 'of then'}))
+    assert re.match(REFUSED, run(fake())[0])
+    del begun['recipe']  # as an older version wrote it
+    file.write_text(json.dumps(begun))
+    assert run(fake()) == ('was finished', [])
 
 
 @pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM])

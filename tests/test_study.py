@@ -14,9 +14,10 @@ from conftest import ROOT
 from mmdet_cbn import CBN
 from mmdet_cbn.experiments.analysis.gradients import GradientRatioHook
 from mmdet_cbn.experiments.rows import logs
-from mmdet_cbn.experiments.rows.logs import Run, collect, find_runs, settings_of, store_runs
+from mmdet_cbn.experiments.rows.logs import Run, collect, find_runs, store_runs
 from mmdet_cbn.experiments.rows.report import markdown, overview, plot_figure, write_report
 from mmdet_cbn.experiments.rows.runs import Setting, Trial, recipe_of, trials_of
+from mmdet_cbn.experiments.rows.settings import settings_of
 from mmdet_cbn.experiments.study import STUDY
 from mmdet_cbn.experiments.study.fine_tuning import FINE_TUNING, FINE_TUNING_RATES
 from mmdet_cbn.experiments.study.small_batches import (

@@ -47,8 +47,9 @@ def main() -> None:
         for table in tables:
             if f'<!-- {table.name} -->' not in text:
                 continue
-            trials = 0 if table.number == '8' else args.trials  # it is measured, not trained
-            entries = collect(table, runs, CONFIGS)
+            is_measured = table.number == '8'  # and not trained: runs of its configs are another table's
+            trials = 0 if is_measured else args.trials
+            entries = {} if is_measured else collect(table, runs, CONFIGS)
             new = overview(table, entries, trials) if table.is_ours else markdown(table, entries, trials, links='')
             mark = re.compile(rf'(<!-- {table.name} -->\n).*?(<!-- end -->)', re.DOTALL)
             text = mark.sub(lambda found, new=new: f'{found[1]}{new}{found[2]}', text)

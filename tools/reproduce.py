@@ -30,7 +30,8 @@ def parse_args() -> tuple[argparse.Namespace, list[Table]]:
     table_help = 'of the paper, or of our own study; study for all of it'
     parser.add_argument('--table', nargs='+', required=True, choices=NUMBERS, help=table_help)
     parser.add_argument('--rows', nargs='+', help='names of rows, as the dry run gives them (default: all)')
-    parser.add_argument('--gpus', type=int, default=4, help='default: %(default)s; with 1, the CPU if there is no GPU')
+    gpus_help = 'default: 4, for our study 1; with 1, the CPU if there is no GPU'
+    parser.add_argument('--gpus', type=int, help=gpus_help)
     parser.add_argument('--trials', type=int, default=5, help='seeds 0, 1, ... (default: %(default)s)')
     work_dir_help = 'default: work_dirs/paper, work_dirs/study, or work_dirs/small_NAME for small versions'
     parser.add_argument('--work-dir', type=Path, help=work_dir_help)
@@ -39,12 +40,14 @@ def parse_args() -> tuple[argparse.Namespace, list[Table]]:
     parser.add_argument('--dry-run', action='store_true', help='print the commands only')
     parser.add_argument('--cfg-options', nargs='+', default=[], metavar='KEY=VALUE', help="as for mmdet's tools")
     args = parser.parse_args()
+    tables = [table for table in TABLES if table.is_in(args.table)]
+    if args.gpus is None:
+        args.gpus = max(table.gpus for table in tables)
     for name in ('gpus', 'trials'):
         if getattr(args, name) < 1:
             parser.error(f'--{name} must be 1 or more, got {getattr(args, name)}')
     if wrong := [option for option in args.cfg_options if '=' not in option]:
         parser.error(f'--cfg-options must be KEY=VALUE, got {wrong[0]}')
-    tables = [table for table in TABLES if table.is_in(args.table)]
     if args.small and any(table.is_ours for table in tables):
         parser.error('--small: the tables of our study have no small versions; they are small')
     names = [row.name for table in tables for row in table.rows]

@@ -20,4 +20,5 @@ val_cfg = dict()
 test_cfg = dict()
 
 # Each GPU has running statistics of its own: one validates and saves what they are on average.
-default_hooks = dict(sync_buffers=dict(type='SyncBuffersHook'))
+# All 100 checkpoints of a run would take 9 GB with ResNet-18, and 110 GB with VGG-16.
+default_hooks = dict(sync_buffers=dict(type='SyncBuffersHook'), checkpoint=dict(max_keep_ckpts=2))

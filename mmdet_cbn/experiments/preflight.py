@@ -52,6 +52,7 @@ CHANNELS = 16
 KINDS: dict[str, Callable[[], CBN]] = {
     'order=0': lambda: CBN(CHANNELS, window_size=3, order=0),
     'order=1': lambda: CBN(CHANNELS, window_size=3),
+    "order=1, gradient='batch'": lambda: CBN(CHANNELS, window_size=3, gradient='batch'),  # the paper's rows
     'order=2': lambda: CBN(CHANNELS, window_size=3, order=2),
     'samples': lambda: CBN(CHANNELS, window_size=3, samples=1024),  # more than there are positions: all of them
 }
@@ -119,7 +120,7 @@ def check_software(machine: Machine) -> Iterator[Result]:
         build = f'CUDA {torch.version.cuda}' if torch.version.cuda else 'the CPU alone'
         yield Result(
             'GPUs',
-            'not applicable here',
+            'NOT OK' if machine.gpus > 1 else 'not applicable here',
             f'torch is built for {build} and finds no GPU, so the checks run on the CPU',
             'If there is a GPU, install its driver, and a torch that is built for its CUDA version.',
         )
@@ -187,12 +188,12 @@ def check_data(machine: Machine) -> Iterator[Result]:
 def check_weights(machine: Machine) -> Iterator[Result]:
     """The pretrained weights of all rows: whole in torch's cache, or to be had from where mmengine takes them."""
     names = sorted({config.model.backbone.init_cfg.checkpoint for config in machine.all_configs})
+    urls = [weights_url(name) for name in names]  # one by one: it changes mmengine meanwhile
     with ThreadPoolExecutor() as pool:  # without a network, each takes half a minute to find that out
-        yield from pool.map(_check_weights, names)
+        yield from pool.map(_check_weights, names, urls)
 
 
-def _check_weights(name: str) -> Result:
-    url = weights_url(name)
+def _check_weights(name: str, url: str) -> Result:
     file = weights_file(url)
     if not file.is_file():
         try:

@@ -11,30 +11,8 @@ from mmengine.config import Config
 
 from ...errors import errors_name_file
 from .runs import NOTHING_DETECTED, SETTINGS, evaluations, recipe_of
+from .settings import settings_of
 from .table import BOX, Table
-
-# What decides on a result. Where the data lie and how they are loaded does not.
-_DECISIVE = (
-    'model',
-    'train_dataloader',
-    'val_dataloader',
-    'val_evaluator',
-    'optim_wrapper',
-    'param_scheduler',
-    'train_cfg',
-    'custom_hooks',
-    'auto_scale_lr',
-)
-_INDIFFERENT = {
-    '_scope_',
-    'ann_file',
-    'backend_args',
-    'data_root',
-    'num_workers',
-    'persistent_workers',
-    'pin_memory',
-    'prefetch_factor',
-}
 
 
 class Run(NamedTuple):
@@ -157,9 +135,14 @@ def _read_run(work_dir: Path) -> Run:
                     curve[logged['step']] = metrics
         for log in file.parents[1].glob('*.log'):
             curve |= {int(epoch): {} for epoch in _VALIDATED_NOTHING.findall(log.read_text())}
-    newest = max(work_dir.glob('*/vis_data/config.py'))
-    with errors_name_file(newest, 'is no config of mmengine'):
-        config = Config.fromfile(newest)
+    # The last run of several, but for one that was killed as it wrote its config.
+    for newest in sorted(work_dir.glob('*/vis_data/config.py'), reverse=True):
+        with errors_name_file(newest, 'is no config of mmengine'):
+            config = Config.fromfile(newest)
+        if 'train_cfg' in config:
+            break
+    else:
+        raise ValueError('it has no whole config')
     epochs = config.train_cfg.max_epochs
     tested = evaluations(work_dir)
     nothing_detected = not tested[-1] if tested else curve.get(epochs) == {}
@@ -195,27 +178,6 @@ def _percent(line: Mapping[str, Any]) -> dict[str, float]:
         for part, factor in percent.items()
         if part in key and isinstance(value, int | float) and value >= 0
     }
-
-
-def settings_of(config: Config) -> dict[str, Any]:
-    """The settings that influence the result, by dotted key."""
-    decisive = {key: config.get(key) for key in _DECISIVE}
-    if not (decisive['auto_scale_lr'] or {}).get('enable'):
-        del decisive['auto_scale_lr']
-    return dict(_flatten(decisive))
-
-
-def _flatten(value: Any, prefix: str = '') -> Iterable[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        items: Iterable[tuple[Any, Any]] = value.items()
-    elif isinstance(value, list | tuple):
-        items = enumerate(value)
-    else:
-        yield prefix, value
-        return
-    for key, item in items:
-        if key not in _INDIFFERENT:
-            yield from _flatten(item, f'{prefix}.{key}' if prefix else str(key))
 
 
 def collect(table: Table, runs: Iterable[Run], configs: Path) -> dict[str, list[Entry]]:

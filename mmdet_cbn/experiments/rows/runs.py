@@ -2,6 +2,7 @@
 
 import copy
 import fcntl
+import hashlib
 import json
 import os
 import shlex
@@ -19,6 +20,7 @@ from unittest import mock
 from mmengine.config import Config
 
 from ...openmmlab.checkpoints import find_latest_checkpoint, whole_file
+from .settings import decides, settings_of
 from .table import Row
 
 SETTINGS = 'settings.json'  # in the folder of a trial
@@ -96,6 +98,11 @@ class Trial:
             start = ['python', str(tools / f'{tool}.py'), *what]
         return [*start, '--work-dir', str(work_dir), *flags, '--cfg-options', *self.options]
 
+    def _recipe(self) -> str:
+        """Tells whether the config that is now under this name is the one that the trial began with."""
+        settings = settings_of(recipe_of(self.row, self.config.parents[1]))
+        return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+
     def last_checkpoint(self) -> Path:
         """Path of the last epoch's checkpoint, which may not exist yet."""
         config = load(self.row, self.config.parents[1]).copy()
@@ -140,7 +147,13 @@ class Trial:
 
     def _keep_settings(self) -> None:
         file = self.work_dir / SETTINGS
-        settings = {'run': self.row.run, 'config': self.config.name, 'gpus': self.setting.gpus, 'options': self.options}
+        settings: dict[str, Any] = {
+            'run': self.row.run,
+            'config': self.config.name,
+            'gpus': self.setting.gpus,
+            'options': self.options,
+            'recipe': self._recipe(),
+        }
         if not file.exists():
             with whole_file(str(file)) as path:
                 Path(path).write_text(json.dumps(settings, indent=2))
@@ -149,7 +162,9 @@ class Trial:
             begun = json.loads(file.read_text())
         except ValueError as error:
             raise SettingsChanged(f'{file}, which has its settings, is damaged ({error})') from error
-        if begun != settings:
+        for each in (begun, settings):
+            each['options'] = [option for option in each.get('options', ()) if decides(option)]
+        if {**settings, **begun} != settings:  # an older file has no recipe
             raise SettingsChanged(
                 f'it was begun with other settings ({file} has them); go on with those, or give another --work-dir'
             )
