@@ -262,7 +262,7 @@ def test_without_coco_root_the_data_lie_in_mmdets_place(monkeypatch):
 @pytest.mark.parametrize(
     ('name', 'data'), [*((name, 'shapes') for name in RECIPES), *((name, 'coco') for name in list(RECIPES)[::7])]
 )
-def test_a_small_twin_is_its_row_made_small(name, data, monkeypatch):
+def test_a_small_version_is_its_row_made_small(name, data, monkeypatch):
     recipe = RECIPES[name]
     monkeypatch.setenv('CBN_ROW', f'{name}_1x_coco')
     config = load(f'small/r18_{data}')
@@ -283,7 +283,7 @@ def test_a_small_twin_is_its_row_made_small(name, data, monkeypatch):
 
 
 @pytest.mark.parametrize('name', RECIPES)
-def test_a_pretrained_twin_is_its_row_made_small(name, monkeypatch):
+def test_a_pretrained_small_version_is_its_row_made_small(name, monkeypatch):
     recipe = RECIPES[name]
     monkeypatch.setenv('CBN_ROW', f'{name}_1x_coco')
     config = load('small/r18_pretrained')

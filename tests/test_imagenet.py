@@ -63,6 +63,7 @@ def test_all_rows_have_the_papers_schedule(table):
         assert config.val_dataloader.dataset.pipeline[2].crop_size == size
         if 'ResNet' in network:
             assert (f'ResNet-{config.model.backbone.depth}', config.model.head.num_classes) == (network, 1000)
+            assert config.model.backbone.zero_init_residual is False, 'gamma is 1 at the start (section 3.1)'
 
 
 @pytest.mark.parametrize(('norm', 'type', 'groups'), [('IN', 'IN', None), ('LN', 'GN', 1), ('GN', 'GN', 32)])
@@ -166,6 +167,10 @@ def test_our_study_has_the_papers_rate_for_each_image(table):
             assert 'gradient' not in method or f'gradient {norm.gradient}' in f'{method},'
         else:
             assert method.startswith(norm.type)
+        if norm.type == 'BRN':
+            iterations = 4 * 9469 / images
+            shares = [step / iterations for step in (*norm.r_steps, *norm.d_steps)]
+            assert shares == pytest.approx([5 / 130, 40 / 130, 5 / 130, 25 / 130], abs=2e-3), "as in BRN's own paper"
 
 
 @pytest.fixture
@@ -182,7 +187,7 @@ def imagenette(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('norm', ['bn', 'gn', 'brn', 'cbn', 'in', 'ln'])
-def test_the_twin_of_each_config_trains_and_is_evaluated(norm, imagenette, tmp_path):
+def test_the_small_version_of_each_config_trains_and_is_evaluated(norm, imagenette, tmp_path):
     row = next(row for table in IMAGENET for row in table.rows if f'_{norm}_' in row.config)
     config = config_of(row._replace(small='imagenette', times_images=1 / 8))
     changes = {'train_cfg.max_epochs': 1, 'param_scheduler.T_max': 1, 'work_dir': str(tmp_path)}

@@ -127,7 +127,7 @@ MASK = ['4conv1fc', 'bn-head', 'syncbn-head', 'gn-head', 'cbn-head', 'cbn-all']
     'row', [*(f'faster-rcnn_r50_fpn_{n}' for n in FASTER), *(f'mask-rcnn_r50_fpn_{n}' for n in MASK)]
 )
 @pytest.mark.slow
-def test_every_kind_of_row_trains_and_is_evaluated_in_its_small_twin(build_runner, row):
+def test_every_kind_of_row_trains_and_is_evaluated_in_its_small_version(build_runner, row):
     runner = build_runner(
         'small/r18_shapes.py',
         f'{row}_1x_coco',

@@ -12,6 +12,9 @@ train_dataloader = dict(dataset=dict(data_root=data_root))
 val_dataloader = dict(dataset=dict(data_root=data_root))
 test_dataloader = val_dataloader
 
+# Of ResNets. In all layers gamma is 1 at the start (section 3.1).
+zero_init_residual = False
+
 # 0.1 for 32 images a GPU. The weight decay is for all weights, those of the normalizers too.
 optim_wrapper = dict(optimizer=dict(type='SGD', lr=0.1, momentum=0.9, weight_decay=0.0001))
 param_scheduler = dict(type='CosineAnnealingLR', T_max=100, convert_to_iter_based=True)

@@ -2,4 +2,4 @@
 
 _base_ = ['mmpretrain::_base_/models/resnet18.py', '../_base_/imagenet_100e.py', '../_base_/gn.py']
 
-model = dict(backbone=dict(norm_cfg=dict(_base_.norm_cfg, num_groups=1)))
+model = dict(backbone=dict(norm_cfg=dict(_base_.norm_cfg, num_groups=1), zero_init_residual=_base_.zero_init_residual))
