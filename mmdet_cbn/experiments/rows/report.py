@@ -130,7 +130,8 @@ def _nothing_detected(table: Table, entries: Mapping[str, list[Entry]]) -> list[
     """Names the rows with trials that detected nothing."""
     found = []
     for row in table.rows:
-        finished = [run for entry in entries.get(row.name, []) for run in entry.finished]
+        of_row = entries.get(row.name, [])
+        finished = _as_planned(of_row) if table.is_ours else [run for entry in of_row for run in entry.finished]
         if number := sum(run.nothing_detected for run in finished):
             found.append(f'{row.name} ({number} of {_trials(finished)})')
     return ['', f'Nothing was detected, which counts as AP 0: {", ".join(found)}.'] if found else []
