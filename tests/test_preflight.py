@@ -1,5 +1,6 @@
 """The preflight finds what would stop a training, and says what to do."""
 
+import copy
 import hashlib
 import json
 import math
@@ -156,14 +157,16 @@ def test_the_disk_space_is_that_of_the_checkpoints(tmp_path, monkeypatch):
     monkeypatch.setenv('CBN_ROW', 'mask-rcnn_r50_fpn_cbn-head_1x_coco')
     config = Config.fromfile(ROOT / 'configs' / 'small' / 'r18_coco.py')
     init_default_scope('mmdet')
-    model = MODELS.build(config.model)
+    model = MODELS.build(copy.deepcopy(config.model))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     torch.save(dict(state_dict=model.state_dict(), optimizer=optimizer.state_dict()), tmp_path / 'epoch_1.pth')
     size = (tmp_path / 'epoch_1.pth').stat().st_size
+    before = config.to_dict()
     assert preflight.checkpoint_bytes(config) == pytest.approx(12 * size, rel=0.01)
+    assert config.to_dict() == before, 'others read it, too'
     config.default_hooks.checkpoint.max_keep_ckpts = 2
     assert preflight.checkpoint_bytes(config) == pytest.approx(2 * size, rel=0.01)
 

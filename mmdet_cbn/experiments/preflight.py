@@ -3,6 +3,7 @@
 Each check yields a :class:`Result` for each thing that it looks at. A check that fails in a way of its own raises.
 """
 
+import copy
 import hashlib
 import json
 import math
@@ -242,7 +243,7 @@ def checkpoint_bytes(config: Config) -> int:
     """What the checkpoints of a training take: weights, and as much again for the momentum of what is trained."""
     init_default_scope('mmdet')
     with torch.device('meta'):
-        model = MODELS.build(config.model)
+        model = MODELS.build(copy.deepcopy(config.model))  # mmdet's detectors write into their config
     tensors = [*model.state_dict().values(), *(p for p in model.parameters() if p.requires_grad)]
     saved = config.train_cfg.max_epochs // config.default_hooks.checkpoint.interval
     kept = config.default_hooks.checkpoint.get('max_keep_ckpts', -1)
