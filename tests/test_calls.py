@@ -157,7 +157,7 @@ def test_a_shorter_forward_without_gradients_is_an_iteration_of_its_own():
         assert head[1].window_length == min(number + 1, 3)
         sum(map(loss_of, outputs)).backward()
     of_real, of_fake = (window.stacked().mean for window in head[1].windows)
-    assert (of_fake[:] - of_real.mean(dim=0)).abs().amax(dim=1).min() > 2 * of_real.std(dim=0).max()
+    assert (of_fake - of_real.mean(dim=0)).abs().amax(dim=1).min() > 2 * of_real.std(dim=0).max()
     torch.testing.assert_close(of_fake[0], conv(other + 10).mean(dim=(0, 2, 3)))
 
 

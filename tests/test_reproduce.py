@@ -709,10 +709,11 @@ def test_a_pointer_to_nowhere_is_mended(fake, pointer):
     assert (trial.work_dir / 'last_checkpoint').read_text() == str(trial.work_dir / expected)
 
 
-def test_damaged_settings_are_named_and_stop_no_other_trial(fake):
+@pytest.mark.parametrize('content', ['{"run"', '[]', '{}', '{"options": null}', '{"options": [1]}'])
+def test_damaged_settings_are_named_and_stop_no_other_trial(fake, content):
     trial = fake()
     run(trial)
-    (trial.work_dir / 'settings.json').write_text('{"run"')
+    (trial.work_dir / 'settings.json').write_text(content)
     result, steps = run(fake())
     assert steps == [] and re.match(r'NOT RUN: .*settings\.json, which has its settings, is damaged', result)
 

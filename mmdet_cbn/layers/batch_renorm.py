@@ -115,6 +115,8 @@ class BRN(nn.BatchNorm2d):
         second_run = is_recomputing()
         # A compiled graph computes a checkpointed block again by itself.
         calls = None if second_run or is_compiling() else self.iteration
+        if calls is not None and calls.is_over():
+            calls.begin()
         call = None if calls is None else calls.begin_call(None)
         with torch.no_grad():
             mean, var = batch_statistics(input)

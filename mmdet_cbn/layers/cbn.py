@@ -273,7 +273,7 @@ class CBN(nn.BatchNorm2d):
 
     def _find_conv_again(self, input: Tensor) -> tuple[Any, Tensor] | None:
         """As :meth:`_find_conv`, in a checkpointed block that runs again. Nothing is learned from that."""
-        found = claim_call(input, self.finder.told)
+        found = claim_call(input, self.finder.told)  # in burn-in, too: it lets go of the convolution's input
         if self.burn_in:
             return None
         if found is None:

@@ -98,15 +98,12 @@ class Iteration:
         self.calls = 0
         self.first_runs = []
 
-    def begin_call(self, weight: Tensor | None, calls: int = 0) -> Call:
-        """Add a call, and start a new iteration first if the last one is over.
+    def begin_call(self, weight: Tensor | None) -> Call:
+        """Add a call to the iteration. The caller starts a new one first, if :meth:`is_over` says so.
 
         Args:
             weight: Of the convolution that feeds the layer, if it is known.
-            calls: As for :meth:`is_over`.
         """
-        if self.is_over(calls):
-            self.begin()
         call = Call()
         self._last_call = weakref.ref(call)
         self._weight = None if weight is None else weakref.ref(weight)
@@ -203,7 +200,7 @@ class CallWindows:
             self._windows.append(Window(self._capacity))
         self.current = self._windows[self.iteration.calls]
         self.has_dropped = self.current.set_conv(conv)
-        return self.iteration.begin_call(None if conv is None else conv.weight, len(self._windows))
+        return self.iteration.begin_call(None if conv is None else conv.weight)
 
     def state(self) -> list[dict[str, Any]]:
         """What :meth:`load` restores: plain data and copies of the tensors, on the CPU."""

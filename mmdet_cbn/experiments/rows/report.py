@@ -265,10 +265,10 @@ def plot_figure(table: Table, entries: Mapping[str, list[Entry]]) -> Figure | No
                 continue
             if metric in row.paper:
                 axes.plot(row.labels[1], row.paper[metric], '*', color='black', markersize=10, fillstyle='none')
-            results = ((entry, summarize(entry.finished, metric)) for entry in entries.get(row.name, []))
-            if found := next(((entry, result) for entry, result in results if result), None):
-                entry, (value, spread) = found
-                points.append((row.labels[1], value, spread or 0, bool(entry.differences)))
+            for entry in entries.get(row.name, []):
+                if result := summarize(entry.finished, metric):
+                    points.append((row.labels[1], result[0], result[1] or 0, bool(entry.differences)))
+                    break
         if points:
             xs, means, deviations, changed = zip(*sorted(points), strict=True)
             name = f'{method}, not as in the paper' if any(changed) else str(method)

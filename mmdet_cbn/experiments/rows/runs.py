@@ -159,15 +159,19 @@ class Trial:
                 Path(path).write_text(json.dumps(settings, indent=2))
             return
         try:
-            begun = json.loads(file.read_text())
-        except ValueError as error:
+            begun = _comparable(json.loads(file.read_text()))
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
             raise SettingsChanged(f'{file}, which has its settings, is damaged ({error})') from error
-        for each in (begun, settings):
-            each['options'] = [option for option in each.get('options', ()) if decides(option)]
+        settings = _comparable(settings)
         if {**settings, **begun} != settings:  # an older file has no recipe
             raise SettingsChanged(
                 f'it was begun with other settings ({file} has them); go on with those, or give another --work-dir'
             )
+
+
+def _comparable(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a trial without the options that do not decide on the result."""
+    return {**settings, 'options': [each for each in settings['options'] if decides(each.partition('=')[0])]}
 
 
 def recipe_of(row: Row, configs: Path) -> Config:

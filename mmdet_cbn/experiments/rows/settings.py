@@ -42,16 +42,14 @@ def settings_of(config: Config) -> dict[str, Any]:
     decisive = {key: config[key] for key in _DECISIVE if config.get(key) is not None}
     if not decisive.get('auto_scale_lr', {}).get('enable'):
         decisive.pop('auto_scale_lr', None)
-    hooks = decisive.get('default_hooks', {})
-    decisive['default_hooks'] = {key: hook for key, hook in hooks.items() if key not in _INDIFFERENT_HOOKS}
-    return dict(_flatten(decisive))
+    return {key: value for key, value in _flatten(decisive) if decides(key)}
 
 
-def decides(option: str) -> bool:
-    """Whether an option ``KEY=VALUE`` for a config decides on the result."""
-    first, *others = option.partition('=')[0].split('.')
-    if first == 'default_hooks':
-        return not others or others[0] not in _INDIFFERENT_HOOKS
+def decides(key: str) -> bool:
+    """Whether the setting of a dotted key decides on the result."""
+    first, *others = key.split('.')
+    if first == 'default_hooks' and others and others[0] in _INDIFFERENT_HOOKS:
+        return False
     return first in _DECISIVE and not _INDIFFERENT.intersection(others)
 
 
@@ -64,5 +62,4 @@ def _flatten(value: Any, prefix: str = '') -> Iterable[tuple[str, Any]]:
         yield prefix, value
         return
     for key, item in items:
-        if key not in _INDIFFERENT:
-            yield from _flatten(item, f'{prefix}.{key}' if prefix else str(key))
+        yield from _flatten(item, f'{prefix}.{key}' if prefix else str(key))
