@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from mmdet_cbn import CBN, pairing
+from mmdet_cbn.compensation import base
 from mmdet_cbn.compensation.first_order import compensate
 from mmdet_cbn.experiments.oracle import OracleCBN, batches, loss_of
 from mmdet_cbn.layers.gradient import GRADIENTS
@@ -77,6 +78,13 @@ def test_output_and_gradients_are_the_oracles_over_sgd_steps(name, order, gradie
         conv.bias = None  # without compensation the layer does not know the bias
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, weight_decay=1e-3)
     assert_trains_as_the_oracle(model, oracle, optimizer, steps=6)
+
+
+@pytest.mark.parametrize('name', CONVOLUTIONS)
+def test_it_is_so_where_launches_are_dear(name, monkeypatch):
+    """As on a GPU, where other operators compute the same."""
+    monkeypatch.setattr(base, 'are_launches_dear', lambda tensor: True)
+    test_output_and_gradients_are_the_oracles_over_sgd_steps(name, order=1, gradient=0.25)
 
 
 def assert_trains_as_the_oracle(model, oracle, optimizer, steps, effective=lambda weight: weight):

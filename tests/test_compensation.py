@@ -4,16 +4,21 @@ import pytest
 import torch
 from torch import nn
 
-from mmdet_cbn.compensation import make_compensation, second_order
+from mmdet_cbn.compensation import base, make_compensation, second_order
 from mmdet_cbn.compensation.patches import weighted_patches
 from mmdet_cbn.layers.statistics import batch_statistics
 from mmdet_cbn.pairing import ConvCall
 
 
+@pytest.mark.parametrize('few', [False, True])
+@pytest.mark.parametrize('has_others', [False, True])
 @pytest.mark.parametrize('has_var_gradient', [False, True])
 @pytest.mark.parametrize('groups', [1, 2, 6])
 @pytest.mark.parametrize(('order', 'samples'), [(1, None), (2, None), (1, 7), (1, 1000)])
-def test_the_gradient_in_the_weight_is_autograds(order, samples, groups, has_var_gradient):
+def test_the_gradient_in_the_weight_is_autograds(
+    order, samples, groups, has_var_gradient, has_others, few, monkeypatch
+):
+    monkeypatch.setattr(base, 'are_launches_dear', lambda tensor: few)
     torch.manual_seed(0)
     conv = nn.Conv2d(6, 12, 3, stride=2, padding=1, groups=groups).double()
     compensation = make_compensation(order, samples)
@@ -31,11 +36,13 @@ def test_the_gradient_in_the_weight_is_autograds(order, samples, groups, has_var
     gradients = torch.randn_like(past.mean), torch.randn_like(past.var) * has_var_gradient
     expected = torch.autograd.grad(past[:2], conv.weight, gradients)
     with torch.no_grad():
-        before = torch.randn_like(conv.weight)
-        var_slope = before.clone()
-        patches, factor = compensation.weight_slopes(old, past, call, gradients[1] * (past.var > 0), var_slope)
+        so_far = torch.randn_like(conv.weight) if has_others else None
+        of_others = None if so_far is None else so_far.clone()
+        patches, factor, var_slope = compensation.weight_slopes(
+            old, past, call, gradients[1] * (past.var > 0), of_others
+        )
         factors = gradients[0] if factor is None else gradients[0] + 2 * factor
-        actual = var_slope - before + weighted_patches(factors, patches, conv.weight.shape)
+        actual = var_slope + weighted_patches(factors, patches, conv.weight.shape) - (0 if so_far is None else so_far)
     torch.testing.assert_close((actual,), expected)
 
 

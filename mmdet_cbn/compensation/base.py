@@ -62,8 +62,8 @@ class Compensation(ABC):
         """
 
     def weight_slopes(
-        self, old: Any, past: Moved | None, conv: ConvCall, share: Tensor, var_slope: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+        self, old: Any, past: Moved | None, conv: ConvCall, share: Tensor, so_far: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         """How mu' and var' depend on theta_t (the derivatives of Eq. 7, 8 and 10), for each output channel j.
 
         ::
@@ -76,11 +76,11 @@ class Compensation(ABC):
             past: What that method returned. None if theta_t are the weights of the iterations.
             conv: As for that method.
             share: Of each iteration in the sum over var', [n, C_out]; 0 where Eq. 10 takes its maximum.
-            var_slope: Like the weight. The second line's ``var_slope`` is added to it in place.
+            so_far: ``var_slope`` of other iterations, like the weight, which may be overwritten; None for 0.
 
         Returns:
-            p_tau, the mean patch, [n, C_in, kh, kw], and factor, [n, C_out]; None for a factor of 0. Where an
-            iteration has no share, the factor may be NaN.
+            p_tau, the mean patch, [n, C_in, kh, kw]; factor, [n, C_out], None for 0; and ``var_slope`` plus ``so_far``.
+            Where an iteration has no share, the factor may be NaN.
         """
         raise NotImplementedError(f'the statistics of {type(self).__name__} do not depend on the current weights')
 
@@ -100,6 +100,14 @@ class Compensation(ABC):
         """
         if state:
             raise ValueError(f'it has {state!r}: order or samples are others')
+
+
+def are_launches_dear(tensor: Tensor) -> bool:
+    """Whether few operators are better than operators that do little, for a small ``tensor``.
+
+    On a GPU it takes longer to launch one than to run it.
+    """
+    return not tensor.is_cpu
 
 
 def drop_inf_and_nan(statistics: Any) -> None:

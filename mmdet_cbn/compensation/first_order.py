@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 from ..pairing import ConvCall
+from . import base
 from .base import Compensation, Moved, are_of_channels
 from .patches import dot_mean_grad, mean_patch
 
@@ -49,12 +50,11 @@ class FirstOrder(Compensation):
         return compensate(old, conv.weight, conv.groups) if fits else None
 
     def weight_slopes(
-        self, old: CompensatedStatistics, past: Moved | None, conv: ConvCall, share: Tensor, var_slope: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        # var' = var + c - a^2. A batched matrix product would do the same, far slower on the CPU.
-        for share_of_one, var_grad in zip(share.view(*share.shape, 1, 1, 1), old.var_grad, strict=True):
-            var_slope.addcmul_(share_of_one, var_grad)
-        return old.mean_grad, None if past is None else (old.mean - past.mean).mul_(share)
+        self, old: CompensatedStatistics, past: Moved | None, conv: ConvCall, share: Tensor, so_far: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        # var' = var + c - a^2
+        factor = None if past is None else (old.mean - past.mean).mul_(share)
+        return old.mean_grad, factor, _weighted_sum(share, old.var_grad, so_far)
 
     def could_keep(self, old: Any, num_features: int) -> bool:
         return (
@@ -115,3 +115,14 @@ def _products(mean_grad: Tensor, var_grad: Tensor, theta: Tensor, groups: int) -
     """
     by_var = torch.linalg.vecdot(var_grad.reshape(len(var_grad), len(theta), -1), theta.flatten(1))
     return dot_mean_grad(mean_grad, theta, groups), by_var
+
+
+def _weighted_sum(share: Tensor, var_grad: Tensor, so_far: Tensor | None) -> Tensor:
+    """The sum over n iterations of ``share``, [n, C_out], times ``var_grad``, [n, C_out, ...], plus ``so_far``."""
+    if len(share) > 1 and base.are_launches_dear(share):  # far slower on the CPU
+        total = torch.bmm(share.t().unsqueeze(1), var_grad.flatten(2).transpose(0, 1)).view(var_grad.shape[1:])
+        return total if so_far is None else total.add_(so_far)
+    for share_of_one, of_one in zip(share.view(*share.shape, 1, 1, 1), var_grad, strict=True):
+        so_far = share_of_one * of_one if so_far is None else so_far.addcmul_(share_of_one, of_one)
+    assert so_far is not None
+    return so_far

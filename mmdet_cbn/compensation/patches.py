@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..pairing import ConvCall
+from . import base
 
 _slice = torch.ops.aten.slice.Tensor
 
@@ -19,9 +20,13 @@ def mean_patch(inputs: Tensor, x: Tensor, conv: ConvCall) -> Tensor:
         x: Output of the convolution, [N, C_out, H, W].
         conv: The call.
     """
+    few = base.are_launches_dear(inputs)
     if tuple(conv.weight.shape[2:]) == (1, 1) and not any(conv.padding):  # half of a ResNet-50; twice as fast so
         seen = _slice(_slice(inputs, 2, 0, None, conv.stride[0]), 3, 0, None, conv.stride[1])
-        return seen.mean(dim=(2, 3)).mean(dim=0).view(-1, 1, 1)
+        means = seen.mean(dim=(0, 2, 3)) if few else seen.mean(dim=(2, 3)).mean(dim=0)  # the latter fast on a CPU
+        return means.view(-1, 1, 1)
+    if few:
+        return _mean_windows(inputs, x, conv)
     sums = inputs.sum(dim=0) if len(inputs) > 1 else inputs.squeeze(0)  # of one image, the sum would be a copy
     for axis, stride, padding, dilation in zip((1, 2), conv.stride, conv.padding, conv.dilation, strict=True):
         firsts = range(-padding, conv.weight.size(axis + 1) * dilation - padding, dilation)
@@ -29,6 +34,18 @@ def mean_patch(inputs: Tensor, x: Tensor, conv: ConvCall) -> Tensor:
         seen = [_slice(sums, axis, max(f, f % stride), max(f + reach, 0), stride) for f in firsts]
         sums = torch.stack([part.sum(dim=axis) for part in seen], dim=axis)
     return sums / (x.numel() // x.size(1))
+
+
+def _mean_windows(inputs: Tensor, x: Tensor, conv: ConvCall) -> Tensor:
+    """:func:`mean_patch` by few operators. On a CPU it takes two to four times as long with large maps."""
+    seen = inputs.mean(dim=0)
+    if any(conv.padding):
+        top, left = conv.padding
+        seen = F.pad(seen, (left, left, top, top))
+    for axis, stride, dilation in zip((1, 2), conv.stride, conv.dilation, strict=True):
+        windows = seen.unfold(axis, (x.size(axis + 1) - 1) * stride + 1, dilation)
+        seen = windows.narrow(axis, 0, conv.weight.size(axis + 1))[..., ::stride].mean(dim=-1)
+    return seen
 
 
 def dot_mean_grad(mean_grad: Tensor, theta: Tensor, groups: int) -> Tensor:

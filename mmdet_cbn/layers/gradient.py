@@ -115,32 +115,32 @@ def statistics_gradient(
     if conv is None or not has_slopes(gradient, conv.weight):
         return StatisticsGradient(of_x)
     drop_inf_and_nan(kept)
-    patches = fraction.new_zeros(
-        number_of_patches(gradient, window_size), *conv.input.shape[1:2], *conv.weight.shape[2:]
-    )
-    factors = fraction.new_zeros(2, len(patches), len(fraction))
-    var_slope = torch.zeros_like(conv.weight, dtype=fraction.dtype)
-    made = StatisticsGradient(of_x, var_slope, patches, factors)
+    is_full = past is not None and len(past.mean) == window_size - 1
+    new = fraction.new_empty if is_full else fraction.new_zeros  # all of a full window is written
+    patches = new(number_of_patches(gradient, window_size), *conv.input.shape[1:2], *conv.weight.shape[2:])
+    factors = new(2, len(patches), len(fraction))
     if past is None or window.valid is None:
-        return made
+        return StatisticsGradient(of_x, torch.zeros_like(conv.weight, dtype=fraction.dtype), patches, factors)
 
-    def add(those: slice, of: Any, moved: Moved | None) -> None:
+    def add(those: slice, of: Any, moved: Moved | None, so_far: Tensor | None) -> Tensor:
         """Add iterations, whose share of the window stands in ``factors`` already (Eq. 9 to 11):
-        dM / dmu' = share, dV / dvar' = share, dV / dmu' = 2 share (mu' - M)."""
+        dM / dmu' = share, dV / dvar' = share, dV / dmu' = 2 share (mu' - M). Returns ``so_far`` with their slope."""
         share, factor = factors[:, those]
         of_var = share if moved is None else share * (moved.var > 0)  # not where Eq. 10 takes its maximum
-        patches[those], more = compensation.weight_slopes(of, moved, conv, of_var, var_slope)
+        patches[those], more, slope = compensation.weight_slopes(of, moved, conv, of_var, so_far)
         distance = (of if moved is None else moved).mean - window.mean
         if more is None:
             torch.mul(distance, share, out=factor)
         else:
             torch.addcmul(more, distance, share, out=factor)
+        return slope
 
     torch.mul(window.valid, fraction, out=factors[0, : len(past.mean)])
-    add(slice(len(past.mean)), old, past)
+    var_slope = add(slice(len(past.mean)), old, past, None)
     if rest > 0:
         # With the batch in place of the window, theta receives through x what is beyond f. It is taken back here.
         torch.sub(fraction, own_part, out=factors[0, -1])
-        add(slice(len(patches) - 1, None), type(kept)(*(tensor.unsqueeze(0) for tensor in kept)), None)
+        as_stack = type(kept)(*(tensor.unsqueeze(0) for tensor in kept))
+        var_slope = add(slice(len(patches) - 1, None), as_stack, None, var_slope)
     factors.nan_to_num_(0, 0, 0)  # of iterations that are left out
-    return made
+    return StatisticsGradient(of_x, var_slope, patches, factors)
