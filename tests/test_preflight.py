@@ -27,6 +27,7 @@ from mmdet_cbn.experiments.paper.coco import TABLE5
 from mmdet_cbn.experiments.preflight import Machine, has_autocast, run_check
 
 CBN_HEAD = next(row for row in TABLE5.rows if row.name == 'cbn-head')
+CBN_HEAD_EPOCHS = 12
 
 
 @pytest.fixture
@@ -99,6 +100,16 @@ def test_gpus_that_are_asked_for_and_not_there_are_an_error(tmp_path, monkeypatc
         machine = Machine(CBN_HEAD, ROOT / 'configs', tmp_path, gpus=gpus)
         (result,) = [found for found in run_check('software', machine) if found.subject == 'GPUs']
         assert result.status == status
+
+
+def test_options_of_the_training_count(tmp_path):
+    machines = [
+        Machine(CBN_HEAD, ROOT / 'configs', tmp_path, options=options)
+        for options in ({}, {'default_hooks.checkpoint.max_keep_ckpts': 1})
+    ]
+    needed, with_option = (preflight.checkpoint_bytes(machine.config) for machine in machines)
+    assert needed == CBN_HEAD_EPOCHS * with_option
+    assert all(config.default_hooks.checkpoint.max_keep_ckpts == 1 for config in machines[1].all_configs)
 
 
 @pytest.mark.slow

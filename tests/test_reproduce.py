@@ -14,6 +14,7 @@ from pathlib import Path
 from string import Template
 
 import pytest
+import torch
 from conftest import ROOT
 
 from mmdet_cbn.experiments.paper.coco import COCO, FIGURE3, FIGURE5, TABLE5, TABLE6_MASK, TABLE8
@@ -385,6 +386,15 @@ def test_a_figure_has_our_points_and_the_papers():
     assert stars == {(1, 36.3), (4, 37.7)}
 
 
+def test_points_with_other_settings_have_a_line_of_their_own():
+    rows = {row.name: row for row in FIGURE3.rows}
+    runs = as_in_the_paper(rows['cbn-k2'], [37.0])
+    runs += as_in_the_paper(rows['cbn-k8'], [38.5], **{'optim_wrapper.optimizer.lr': 0.01})
+    lines = plot_figure(FIGURE3, collect(FIGURE3, runs, CONFIGS)).axes[0].containers
+    points = {line.get_label(): [*line.lines[0].get_xdata()] for line in lines}
+    assert points == {'CBN': [2], 'CBN, not as in the paper': [8]}
+
+
 def test_a_trial_that_has_not_ended_hides_none_that_has():
     row = next(row for row in FIGURE3.rows if row.name == 'bn-k1')
     (ended,) = as_in_the_paper(row, [30.0], **{'optim_wrapper.optimizer.lr': 0.01})
@@ -574,6 +584,12 @@ def test_a_small_version_multiplies_its_own_images():
 def test_wrong_arguments_are_named(arguments, message, monkeypatch, capsys):
     code, text = reproduce(monkeypatch, capsys, *arguments)
     assert code == 2 and message in text
+
+
+def test_full_size_rows_are_not_trained_on_a_cpu_unasked(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)
+    code, text = reproduce(monkeypatch, capsys, '--table', '5')
+    assert code == 2 and '--gpus: torch finds 0 GPUs here, got 4' in text
 
 
 @pytest.mark.slow

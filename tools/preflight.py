@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+from mmengine.config import DictAction
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -35,13 +36,15 @@ def main() -> None:
     parser.add_argument('--gpus', type=int, default=4, help='to train on (default: %(default)s)')
     parser.add_argument('--trials', type=int, default=5, help='how often to train a row (default: %(default)s)')
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/paper'), help='default: %(default)s')
+    options_help = 'KEY=VALUE, as for tools/reproduce.py'
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, help=options_help)
     parser.add_argument('--checks', nargs='+', choices=CHECKS, default=list(CHECKS), help='default: all of them')
     args = parser.parse_args()
     for name in ('gpus', 'trials'):
         if getattr(args, name) < 1:
             parser.error(f'--{name} must be 1 or more, got {getattr(args, name)}')
     logging.disable(logging.INFO)  # mmengine would list the initialization of every weight
-    machine = Machine(rows[args.row], ROOT / 'configs', args.work_dir, args.gpus, args.trials)
+    machine = Machine(rows[args.row], ROOT / 'configs', args.work_dir, args.gpus, args.trials, args.cfg_options)
     results = []
     start = time.monotonic()
     for number, name in enumerate(args.checks, 1):

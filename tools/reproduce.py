@@ -14,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
 from mmengine.logging import MMLogger
 
 from mmdet_cbn.experiments.rows.runs import Setting, describe, run, trials_of
@@ -64,6 +65,12 @@ def parse_args() -> tuple[argparse.Namespace, list[Table]]:
                 allowed = f'must be {" or ".join(fitting)}' if fitting else 'must not be given'
                 parser.error(f'--small {allowed} for row {row.name}, got {args.small}')
         tables = [table._replace(rows=tuple(row._replace(small=args.small) for row in table.rows)) for table in tables]
+    found = torch.cuda.device_count()
+    trains_full_size = not (args.small or args.dry_run) and any(table.number != '8' for table in tables)
+    if found < args.gpus > 1 and trains_full_size:
+        parser.error(
+            f'--gpus: torch finds {found} GPUs here, got {args.gpus}; with 1, the CPU trains where there is no GPU'
+        )
     return args, tables
 
 

@@ -8,8 +8,9 @@ _base_ = ['mmpretrain::_base_/datasets/imagenet_bs32.py', 'mmpretrain::_base_/de
 custom_imports = dict(imports=['mmdet_cbn'], allow_failed_imports=False)
 
 data_root = '{{$IMAGENET_ROOT:data/imagenet}}'
-train_dataloader = dict(dataset=dict(data_root=data_root))
-val_dataloader = dict(dataset=dict(data_root=data_root))
+# The latter two as mmpretrain's own tools set them.
+train_dataloader = dict(dataset=dict(data_root=data_root), pin_memory=True, persistent_workers=True)
+val_dataloader = dict(dataset=dict(data_root=data_root), pin_memory=True, persistent_workers=True)
 test_dataloader = val_dataloader
 
 # Of ResNets. In all layers gamma is 1 at the start (section 3.1).

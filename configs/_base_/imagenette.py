@@ -21,7 +21,7 @@ imagenette_test_pipeline = [
 ]
 imagenette = dict(_delete_=True, type='CustomDataset', data_root='{{$IMAGENETTE_ROOT:data/imagenette}}')
 # Images of this size are read faster than they are handed from one process to another.
-imagenette_loading = dict(num_workers=0, persistent_workers=False)
+imagenette_loading = dict(num_workers=0, persistent_workers=False, pin_memory=False)
 imagenette_epochs = 8
 imagenette_burn_in = 2  # a quarter, as in the paper
 imagenette_lr = 0.025  # for 32 images: for each image as much as 0.1 for 32 on each of 4 GPUs

@@ -15,15 +15,15 @@ import tempfile
 import time
 import traceback
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 from unittest import mock
 
 import mmcv
@@ -43,7 +43,7 @@ from .cost.layers import count_kernels
 from .cost.storage import StorageCounter
 from .oracle import deviation, loss_of
 from .paper.coco import COCO
-from .rows.runs import load, recipe_of
+from .rows.runs import recipe_of
 from .rows.table import Row
 
 IMAGES = {'train': 118287, 'val': 5000}  # of COCO 2017
@@ -84,6 +84,7 @@ class Machine:
         work_dir: The folder for the runs, there or not.
         gpus: GPUs to train on, as of tools/reproduce.py.
         trials: How often each row is to be trained.
+        options: Further --cfg-options of the training, by key.
     """
 
     row: Row
@@ -91,6 +92,7 @@ class Machine:
     work_dir: Path
     gpus: int = 4
     trials: int = 5
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def device(self) -> str:
@@ -99,13 +101,18 @@ class Machine:
     @cached_property
     def config(self) -> Config:
         """Of the row."""
-        return recipe_of(self.row, self.configs)
+        return self._of(self.row)
 
     @property
     def all_configs(self) -> list[Config]:
         """Of every training run that tools/reproduce.py makes for the paper's tables and figures."""
         runs = {row.run: row for table in COCO if table.number != '8' for row in table.rows}
-        return [load(row, self.configs) for row in runs.values()]
+        return [self._of(row) for row in runs.values()]
+
+    def _of(self, row: Row) -> Config:
+        config = recipe_of(row, self.configs)
+        config.merge_from_dict(dict(self.options))
+        return config
 
 
 def check_software(machine: Machine) -> Iterator[Result]:

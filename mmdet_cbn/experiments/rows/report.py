@@ -253,25 +253,27 @@ def plot_curves(table: Table, entries: Mapping[str, list[Entry]]) -> Figure | No
 def plot_figure(table: Table, entries: Mapping[str, list[Entry]]) -> Figure | None:
     """Plot AP over k or burn-in: mean and deviation over trials, one line per method, and the points of the paper.
 
-    None without any finished run.
+    Rows that were trained with other settings than the paper's have a line of their own. None without any finished run.
     """
     metric = table.metrics[0]
     figure = Figure(figsize=(7, 5), layout='constrained')
     axes = figure.subplots()
     for method in dict.fromkeys(row.labels[0] for row in table.rows):
-        points = []
+        lines: dict[str, list[tuple[Any, float, float]]] = defaultdict(list)
         for row in table.rows:
             if row.labels[0] != method:
                 continue
             if metric in row.paper:
                 axes.plot(row.labels[1], row.paper[metric], '*', color='black', markersize=10, fillstyle='none')
             for entry in entries.get(row.name, []):
-                if result := summarize(entry.finished, metric):
-                    points.append((row.labels[1], result[0], result[1] or 0, bool(entry.differences)))
+                if entry.differences and table.is_ours:
                     break
-        if points:
-            xs, means, deviations, changed = zip(*sorted(points), strict=True)
-            name = f'{method}, not as in the paper' if any(changed) else str(method)
+                if result := summarize(entry.finished, metric):
+                    name = f'{method}, not as in the paper' if entry.differences else str(method)
+                    lines[name].append((row.labels[1], result[0], result[1] or 0))
+                    break
+        for name, points in lines.items():
+            xs, means, deviations = zip(*sorted(points), strict=True)
             number = len(axes.containers)  # matplotlib has ten colours
             style: Any = dict(marker='os'[number // 10 % 2], linestyle='-' if number < 10 else '--')
             axes.errorbar(xs, means, deviations, capsize=3, label=name, **style)
