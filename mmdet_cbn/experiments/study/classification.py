@@ -6,7 +6,7 @@ GN and CBN only.
 
 from ..paper.imagenet import METRICS, at_least_16, imagenet_row
 from ..rows.table import Row, Table
-from .methods import METHODS, brn_steps, words_of
+from .methods import norm_of, words_of
 
 _EPOCHS = 4
 _SHORT = {'train_cfg.max_epochs': _EPOCHS, 'param_scheduler.T_max': _EPOCHS}
@@ -15,9 +15,7 @@ _BURN_IN = 1  # epochs
 
 
 def _ours(method: str, images: int, rate: float = 1, burn_in: int = _BURN_IN) -> Row:
-    norm, arguments = METHODS[method]
-    if norm == 'brn':
-        arguments = brn_steps(_EPOCHS * _IMAGES // images)
+    norm, arguments = norm_of(method, _EPOCHS * _IMAGES // images)
     words = ['small', *words_of(method), str(images), *[f'rate-{rate}'] * (rate != 1)]
     changes = {**arguments, **at_least_16(norm, images), 'times_rate': rate, 'small': 'imagenette'}
     if burn_in != _BURN_IN:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ...window.size import suggested_window_size
 from ..rows.table import BOX, Row, Table
-from .methods import METHODS, brn_steps, words_of
+from .methods import norm_of, words_of
 
 _OF_CONFIG = 4  # images per step
 _EPOCHS, _IMAGES = 12, 660  # of the config; images with a face, to train on
@@ -32,9 +32,7 @@ def _row(method: str, where: str, images: int, rate: float = _RATE) -> Row:
     if method == _FROZEN:
         name, label, norm = ['frozen-bn'], method, '4conv1fc'
     else:
-        norm, arguments = METHODS[method]
-        if norm == 'brn':
-            arguments = brn_steps(_EPOCHS * _IMAGES // images)
+        norm, arguments = norm_of(method, _EPOCHS * _IMAGES // images)
         if norm == 'cbn' and images != _OF_CONFIG:
             arguments = {**arguments, 'window_size': suggested_window_size(images)}
         parts = ['neck', 'roi_head.bbox_head', *['backbone'] * (where == 'all')]

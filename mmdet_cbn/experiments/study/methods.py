@@ -2,8 +2,7 @@
 
 from typing import Any
 
-#: By what the tables call them: the normalizer in the name of the paper's config, and what changes in its norm_cfg.
-METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+_METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     'BN': ('bn', {}),
     'BN, population statistics': ('bn', {}),
     'GN': ('gn', {}),
@@ -16,13 +15,21 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def brn_steps(iterations: int) -> dict[str, tuple[int, int]]:
-    """Steps in which the limits of BRN grow in so short a training: as much of it as in the BRN paper's 130,000.
+def norm_of(method: str, iterations: int) -> tuple[str, dict[str, Any]]:
+    """The normalizer in the name of the paper's config, and what changes in its ``norm_cfg``.
 
-    There r grows from step 5,000 to 40,000, and d to 25,000.
+    The limits of BRN grow in the same part of the training as in the BRN paper. Of its 130,000 steps, r grows from
+    step 5,000 to 40,000, and d to 25,000.
+
+    Args:
+        method: As the tables call it.
+        iterations: Of the whole training.
     """
+    norm, arguments = _METHODS[method]
+    if norm != 'brn':
+        return norm, arguments
     first, last_of_r, last_of_d = (round(iterations * step / 130_000) for step in (5_000, 40_000, 25_000))
-    return {'r_steps': (first, last_of_r), 'd_steps': (first, last_of_d)}
+    return norm, {'r_steps': (first, last_of_r), 'd_steps': (first, last_of_d)}
 
 
 def words_of(method: str) -> list[str]:
