@@ -38,11 +38,12 @@ def test_the_gradient_in_the_weight_is_autograds(
     with torch.no_grad():
         so_far = torch.randn_like(conv.weight) if has_others else None
         of_others = None if so_far is None else so_far.clone()
-        patches, factor, var_slope = compensation.weight_slopes(
-            old, past, call, gradients[1] * (past.var > 0), of_others
+        factor = gradients[0] / 2
+        share = gradients[1] * (past.var > 0)
+        patches, var_slope = compensation.weight_slopes(old, past, call, share, factor, of_others)
+        actual = (
+            var_slope + weighted_patches(2 * factor, patches, conv.weight.shape) - (0 if so_far is None else so_far)
         )
-        factors = gradients[0] if factor is None else gradients[0] + 2 * factor
-        actual = var_slope + weighted_patches(factors, patches, conv.weight.shape) - (0 if so_far is None else so_far)
     torch.testing.assert_close((actual,), expected)
 
 

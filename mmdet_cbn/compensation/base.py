@@ -22,7 +22,9 @@ class Moved(NamedTuple):
 
     mean: Tensor
     var: Tensor
-    distance: Tensor | None = None  #: only of samples, from their own mean: for :meth:`Compensation.weight_slopes`
+    #: What :meth:`Compensation.weight_slopes` needs again. By order 1, mu' - mu, [n, C]; by samples, their distances
+    #: from their mean.
+    for_slopes: Tensor | None = None
 
 
 class Compensation(ABC):
@@ -62,8 +64,8 @@ class Compensation(ABC):
         """
 
     def weight_slopes(
-        self, old: Any, past: Moved | None, conv: ConvCall, share: Tensor, so_far: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        self, old: Any, past: Moved | None, conv: ConvCall, share: Tensor, factor: Tensor, so_far: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """How mu' and var' depend on theta_t (the derivatives of Eq. 7, 8 and 10), for each output channel j.
 
         ::
@@ -76,11 +78,12 @@ class Compensation(ABC):
             past: What that method returned. None if theta_t are the weights of the iterations.
             conv: As for that method.
             share: Of each iteration in the sum over var', [n, C_out]; 0 where Eq. 10 takes its maximum.
+            factor: [n, C_out]. The second line's is added to it in place. Where an iteration has no share, it may
+                become NaN.
             so_far: ``var_slope`` of other iterations, like the weight, which may be overwritten; None for 0.
 
         Returns:
-            p_tau, the mean patch, [n, C_in, kh, kw]; factor, [n, C_out], None for 0; and ``var_slope`` plus ``so_far``.
-            Where an iteration has no share, the factor may be NaN.
+            p_tau, the mean patch, [n, C_in, kh, kw]; and ``var_slope`` plus ``so_far``.
         """
         raise NotImplementedError(f'the statistics of {type(self).__name__} do not depend on the current weights')
 

@@ -50,11 +50,18 @@ class FirstOrder(Compensation):
         return compensate(old, conv.weight, conv.groups) if fits else None
 
     def weight_slopes(
-        self, old: CompensatedStatistics, past: Moved | None, conv: ConvCall, share: Tensor, so_far: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        # var' = var + c - a^2
-        factor = None if past is None else (old.mean - past.mean).mul_(share)
-        return old.mean_grad, factor, _weighted_sum(share, old.var_grad, so_far)
+        self,
+        old: CompensatedStatistics,
+        past: Moved | None,
+        conv: ConvCall,
+        share: Tensor,
+        factor: Tensor,
+        so_far: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        if past is not None:  # var' = var + c - a^2
+            assert past.for_slopes is not None
+            factor.addcmul_(past.for_slopes, share, value=-1)
+        return old.mean_grad, _weighted_sum(share, old.var_grad, so_far)
 
     def could_keep(self, old: Any, num_features: int) -> bool:
         return (
@@ -104,7 +111,8 @@ def compensate(old: CompensatedStatistics, weight: Tensor, groups: int) -> Moved
     mean_product, var_product = _products(old.mean_grad, old.var_grad, theta, groups)
     mean_change = mean_product - old.mean_product
     var = (var_product - old.var_product).add_(old.var)
-    return Moved(old.mean + mean_change, var.addcmul_(mean_change, mean_change, value=-1).clamp_(min=0))
+    moved_var = var.addcmul_(mean_change, mean_change, value=-1).clamp_(min=0)
+    return Moved(old.mean + mean_change, moved_var, mean_change)
 
 
 def _products(mean_grad: Tensor, var_grad: Tensor, theta: Tensor, groups: int) -> tuple[Tensor, Tensor]:

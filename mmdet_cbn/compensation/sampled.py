@@ -67,17 +67,23 @@ class Sampled(Compensation):
         return compensate_samples(old, conv.weight, conv.groups) if fits else None
 
     def weight_slopes(
-        self, old: SampledStatistics, past: Moved | None, conv: ConvCall, share: Tensor, so_far: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        self,
+        old: SampledStatistics,
+        past: Moved | None,
+        conv: ConvCall,
+        share: Tensor,
+        factor: Tensor,
+        so_far: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         patches = old.patches.flatten(0, 1)
-        distance = _distances(old, conv.weight, conv.groups)[1] if past is None else past.distance
+        distance = _distances(old, conv.weight, conv.groups)[1] if past is None else past.for_slopes
         assert distance is not None
         # With the mean m over the sample: d sum of s (x - m)^2 / dtheta = 2 sum of s (x - m) p
-        factors = 2 * share.unsqueeze(1) * old.share.unsqueeze(2) * distance
-        var_slope = weighted_patches(factors.flatten(0, 1), patches, conv.weight.shape)
+        of_patches = 2 * share.unsqueeze(1) * old.share.unsqueeze(2) * distance
+        var_slope = weighted_patches(of_patches.flatten(0, 1), patches, conv.weight.shape)
         mean_patches = torch.bmm(old.share.unsqueeze(1), old.patches).squeeze(1)
         mean_patches = mean_patches.unflatten(1, (-1, *conv.weight.shape[2:]))
-        return mean_patches, None, var_slope if so_far is None else var_slope.add_(so_far)
+        return mean_patches, var_slope if so_far is None else var_slope.add_(so_far)
 
     def could_keep(self, old: Any, num_features: int) -> bool:
         return (

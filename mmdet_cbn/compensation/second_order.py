@@ -46,13 +46,19 @@ class SecondOrder(Compensation):
         return Moved(old.mean + mean_change, (old.var + var_change).clamp_(min=0))
 
     def weight_slopes(
-        self, old: SecondOrderStatistics, past: Moved | None, conv: ConvCall, share: Tensor, so_far: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        self,
+        old: SecondOrderStatistics,
+        past: Moved | None,
+        conv: ConvCall,
+        share: Tensor,
+        factor: Tensor,
+        so_far: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         theta = conv.weight.to(old.mean.dtype).reshape(1, conv.groups, -1, old.covariance.size(-1))
         # d(theta . Cov(p) theta) / dtheta = 2 Cov(p) theta
         factors = 2 * share.view(len(old.mean), conv.groups, -1, 1)
         var_slope = torch.matmul(factors * theta, old.covariance).sum(dim=0).view(conv.weight.shape)
-        return old.mean_grad, None, var_slope if so_far is None else var_slope.add_(so_far)
+        return old.mean_grad, var_slope if so_far is None else var_slope.add_(so_far)
 
     def could_keep(self, old: Any, num_features: int) -> bool:
         return (

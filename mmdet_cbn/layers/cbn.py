@@ -321,10 +321,9 @@ class CBN(nn.BatchNorm2d):
     def _count_if_bad(self, finite: Tensor | None) -> None:
         if finite is None:
             return
-        with torch.no_grad():
-            if self._bad_batches.device != finite.device:  # converted on another device
-                self._bad_batches = torch.zeros_like(self._bad_batches, device=finite.device)
-            self._bad_batches.add_(finite.all().logical_not())
+        if self._bad_batches.device != finite.device:  # converted on another device
+            self._bad_batches = torch.zeros_like(self._bad_batches, device=finite.device)
+        self._bad_batches.add_(finite.all().logical_not())
 
     def _check_training_input(self, input: Tensor) -> None:
         if self.window_size == 'auto':

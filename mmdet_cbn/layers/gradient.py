@@ -30,6 +30,7 @@ So ``weights`` is the number 0, and ``window`` is 1.
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..compensation import Compensation, Moved, drop_inf_and_nan
@@ -115,32 +116,27 @@ def statistics_gradient(
     if conv is None or not has_slopes(gradient, conv.weight):
         return StatisticsGradient(of_x)
     drop_inf_and_nan(kept)
-    is_full = past is not None and len(past.mean) == window_size - 1
-    new = fraction.new_empty if is_full else fraction.new_zeros  # all of a full window is written
-    patches = new(number_of_patches(gradient, window_size), *conv.input.shape[1:2], *conv.weight.shape[2:])
-    factors = new(2, len(patches), len(fraction))
+    number = number_of_patches(gradient, window_size)
     if past is None or window.valid is None:
+        patches = fraction.new_zeros(number, conv.input.size(1), *conv.weight.shape[2:])
+        factors = fraction.new_zeros(2, number, len(fraction))
         return StatisticsGradient(of_x, torch.zeros_like(conv.weight, dtype=fraction.dtype), patches, factors)
-
-    def add(those: slice, of: Any, moved: Moved | None, so_far: Tensor | None) -> Tensor:
-        """Add iterations, whose share of the window stands in ``factors`` already (Eq. 9 to 11):
-        dM / dmu' = share, dV / dvar' = share, dV / dmu' = 2 share (mu' - M). Returns ``so_far`` with their slope."""
-        share, factor = factors[:, those]
-        of_var = share if moved is None else share * (moved.var > 0)  # not where Eq. 10 takes its maximum
-        patches[those], more, slope = compensation.weight_slopes(of, moved, conv, of_var, so_far)
-        distance = (of if moved is None else moved).mean - window.mean
-        if more is None:
-            torch.mul(distance, share, out=factor)
-        else:
-            torch.addcmul(more, distance, share, out=factor)
-        return slope
-
-    torch.mul(window.valid, fraction, out=factors[0, : len(past.mean)])
-    var_slope = add(slice(len(past.mean)), old, past, None)
+    share = window.valid * fraction  # dM / dmu' and dV / dvar'; dV / dmu' = 2 share (mu' - M) (Eq. 9 to 11)
+    of_var = share * (past.var > 0)  # not where Eq. 10 takes its maximum
+    factor = (past.mean - window.mean).mul_(share)
+    patches, var_slope = compensation.weight_slopes(old, past, conv, of_var, factor, None)
+    all_patches, shares, factors_of_var = [patches], [share], [factor]
     if rest > 0:
         # With the batch in place of the window, theta receives through x what is beyond f. It is taken back here.
-        torch.sub(fraction, own_part, out=factors[0, -1])
-        as_stack = type(kept)(*(tensor.unsqueeze(0) for tensor in kept))
-        var_slope = add(slice(len(patches) - 1, None), as_stack, None, var_slope)
+        share = (fraction - own_part).unsqueeze(0)
+        stacked = type(kept)(*(tensor.unsqueeze(0) for tensor in kept))
+        factor = share * (kept.mean - window.mean)
+        patches, var_slope = compensation.weight_slopes(stacked, None, conv, share, factor, var_slope)
+        all_patches.append(patches)
+        shares.append(share)
+        factors_of_var.append(factor)
+    patches, factors = torch.cat(all_patches), torch.cat([*shares, *factors_of_var]).unflatten(0, (2, -1))
+    if missing := number - len(patches):
+        patches, factors = F.pad(patches, (0,) * 7 + (missing,)), F.pad(factors, (0, 0, 0, missing))
     factors.nan_to_num_(0, 0, 0)  # of iterations that are left out
     return StatisticsGradient(of_x, var_slope, patches, factors)
