@@ -58,10 +58,11 @@ class ConvCall(NamedTuple):
 
         Gradients reach ``weight`` and ``bias``, but not ``input``.
         """
-        if type(conv).forward in _TRANSPOSED_FORWARDS:
-            return _as_convolution(conv, input, output)  # type: ignore[arg-type]
-        if type(conv).forward in _PREPARING_FORWARDS:
-            return cls(conv, *_arguments_of_conv2d(conv, input))
+        with torch.enable_grad():  # in the first run of a re-entrant checkpoint, too
+            if type(conv).forward in _TRANSPOSED_FORWARDS:
+                return _as_convolution(conv, input.detach(), output)  # type: ignore[arg-type]
+            if type(conv).forward in _PREPARING_FORWARDS:
+                return cls(conv, *_arguments_of_conv2d(conv, input))
         padding = conv.padding
         if isinstance(padding, str) or conv.padding_mode != 'zeros':
             mode = 'constant' if conv.padding_mode == 'zeros' else conv.padding_mode

@@ -1,8 +1,8 @@
 """A layer that is called several times an iteration keeps a window for each call."""
 
 import copy
-import functools
 import gc
+from functools import partial
 
 import pytest
 import torch
@@ -256,35 +256,92 @@ def test_a_call_without_any_position_is_a_call():
     assert [len(window) for window in head[1].windows] == [2, 2, 2, 2]
 
 
+def descend(model, losses):
+    """A step of SGD by backward passes of their own, which re-entrant checkpoints need."""
+    model.zero_grad()
+    for loss in losses:
+        loss.backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.sub_(0.01 * parameter.grad)
+
+
 @KINDS
-def test_checkpointed_calls_run_again_with_the_window_that_each_had(kind):
+@pytest.mark.parametrize('use_reentrant', [False, True])
+def test_checkpointed_calls_run_again_with_the_window_that_each_had(use_reentrant, kind):
     head, plain = conv_and_norm(window_size=3, **kind), conv_and_norm(window_size=3, **kind)
     for xs in levels(4):
-        xs = [xs[0], xs[1], xs[3]]  # all of other shapes
-        step(list(head.parameters()), [loss_of(checkpoint(head, x, use_reentrant=False)) for x in xs])
-        step(list(plain.parameters()), [loss_of(plain(x)) for x in xs])
+        if not use_reentrant:
+            xs = [xs[0], xs[1], xs[3]]  # all of other shapes
+        for x in xs:
+            x.requires_grad_()
+        descend(head, [loss_of(checkpoint(head, x, use_reentrant=use_reentrant)) for x in xs])
+        descend(plain, [loss_of(plain(x)) for x in xs])
         for actual, expected in zip(head.parameters(), plain.parameters(), strict=True):
             torch.testing.assert_close(actual, expected)
 
 
-@pytest.mark.parametrize('use_reentrant', [False, True])
-def test_a_checkpointed_call_that_cannot_be_told_from_another_is_an_error(use_reentrant):
+def two_in_a_block(head):
+    return lambda x: checkpoint(lambda x: head(x) + head(2 * x), x, use_reentrant=True)
+
+
+def two_blocks(head):
+    return lambda x: checkpoint(head, x, use_reentrant=False) + checkpoint(head, 2 * x, use_reentrant=False)
+
+
+@pytest.mark.parametrize('kind', [two_in_a_block, two_blocks])
+def test_a_checkpointed_call_that_cannot_be_told_from_another_is_an_error(kind):
     head = conv_and_norm(window_size=3)
-    sizes = (5, 6) if use_reentrant else (5, 5)
-    xs = [torch.randn(2, 4, size, size, dtype=torch.float64, requires_grad=True) for size in sizes]
+    (x,) = batches(1)
     with pytest.raises(RuntimeError, match='runs again in a checkpointed block'):
-        sum(loss_of(checkpoint(head, x, use_reentrant=use_reentrant)) for x in xs).backward()
+        loss_of(kind(head)(x.requires_grad_())).backward()
 
 
-def test_calls_of_one_shape_in_re_entrant_checkpoints_are_refused():
+@pytest.mark.parametrize('use_reentrant', [False, True])
+@pytest.mark.parametrize('kind', [dict(), dict(order=0)], ids=str)
+def test_another_forward_before_the_backward_pass_does_not_disturb_a_checkpointed_block(kind, use_reentrant):
+    """As for pseudo labels; and, where blocks can be told from each other, with a second loss."""
+    models = [conv_and_norm(window_size=3, **kind) for _ in range(2)]
+    for number, x in enumerate(batches(8)):
+        for model in models:
+            run = model if model is models[0] else partial(checkpoint, model, use_reentrant=use_reentrant)
+            x.requires_grad_()
+            losses = [loss_of(run(x))]
+            with torch.no_grad():
+                model(2 * x)
+            if number % 2 and use_reentrant:
+                losses.append(loss_of(run(3 * x)))
+            descend(model, losses)
+        for actual, expected in zip(*(model.parameters() for model in models), strict=True):
+            torch.testing.assert_close(actual, expected)
+
+
+class OtherCheckpoint(torch.autograd.Function):
+    """Re-entrant checkpointing as other libraries have it."""
+
+    @staticmethod
+    def forward(ctx, block, x):
+        ctx.block = block
+        ctx.save_for_backward(x)
+        return block(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            ctx.block(x).backward(dy)
+        return None, x.grad
+
+
+def test_calls_of_one_shape_in_checkpoints_of_another_library_are_refused():
     """The first runs record no graph, so the layer takes them for iterations and runs the first again as the last."""
     head = conv_and_norm(window_size=3)
     for number in range(3):
         x, other = (x.requires_grad_() for x in batches(2, seed=number))
         if number < 2:
-            loss_of(checkpoint(head, x, use_reentrant=True)).backward()  # one call: right
+            loss_of(OtherCheckpoint.apply(head, x)).backward()  # one call: right
             continue
-        losses = [loss_of(checkpoint(head, each, use_reentrant=True)) for each in (x, other)]
+        losses = [loss_of(OtherCheckpoint.apply(head, each)) for each in (x, other)]
         with pytest.raises(RuntimeError, match=r"'1' .* runs again .*several of its calls .* inputs of \[2, 4, 9, 7\]"):
             sum(losses).backward()
 
@@ -294,7 +351,7 @@ def test_a_block_in_a_checkpointed_block_runs_again_twice(use_reentrant):
     nested, plain = conv_and_norm(window_size=3), conv_and_norm(window_size=3)
     for x in batches(4):
         inputs = [x.clone().requires_grad_() for _ in range(2)]
-        inner = functools.partial(checkpoint, nested, use_reentrant=use_reentrant)
+        inner = partial(checkpoint, nested, use_reentrant=use_reentrant)
         step(list(plain.parameters()), [loss_of(plain(inputs[0]))])
         loss_of(checkpoint(inner, inputs[1], use_reentrant=use_reentrant)).backward()
         with torch.no_grad():

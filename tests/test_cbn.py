@@ -752,6 +752,24 @@ def test_a_checkpointed_block_sees_the_same_window_twice_and_advances_it_once(us
         assert model[1].window_length == plain[1].window_length
 
 
+@pytest.mark.parametrize('use_reentrant', [False, True])
+@pytest.mark.parametrize('make', [nn.ConvTranspose2d, ConvWS2d, ConvAWS2d, Conv2dAdaptivePadding])
+def test_a_checkpointed_block_with_another_convolution_has_the_same_gradients(make, use_reentrant):
+    torch.manual_seed(0)
+    plain = nn.Sequential(make(4, 4, 3), CBN(4, window_size=3)).double()
+    other = copy.deepcopy(plain)
+    for x in batches(4):
+        for net in (plain, other):
+            net.zero_grad()
+            inputs = x.clone().requires_grad_()
+            loss_of(net(inputs) if net is plain else checkpoint(net, inputs, use_reentrant=use_reentrant)).backward()
+            with torch.no_grad():
+                for parameter in net.parameters():
+                    parameter.sub_(0.01 * parameter.grad)
+        for actual, expected in zip(other.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(actual.grad, expected.grad)
+
+
 def test_empty_input_passes_as_in_batchnorm_and_leaves_the_window_alone():
     model = conv_and_norm(window_size=3)
     for x in batches(3):

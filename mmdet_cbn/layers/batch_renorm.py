@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..arguments import check_int, shown
 from ..errors import refuse_data_parallel
 from ..old_torch import is_compiling, outside_graphs_in_training
-from ..window.calls import Iteration, is_recomputing
+from ..window.calls import Call, Iteration, is_recomputing
 from .conversion import as_leaf
 from .statistics import batch_statistics
 
@@ -117,7 +117,7 @@ class BRN(nn.BatchNorm2d):
         calls = None if second_run or is_compiling() else self.iteration
         if calls is not None and calls.is_over():
             calls.begin()
-        call = None if calls is None else calls.begin_call(None)
+        call = Call() if second_run else None if calls is None else calls.begin_call(None)
         with torch.no_grad():
             mean, var = batch_statistics(input)
             deviation = (var + self.eps).sqrt()

@@ -1,5 +1,6 @@
 """The calls of a layer: where an iteration ends, which window belongs to which call, and which call runs again."""
 
+import sys
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointFunction
 
 from ..errors import title_of
 from ..old_torch import is_compiling
@@ -19,6 +21,22 @@ def is_recomputing() -> bool:
     A compiled graph computes such a block again by itself.
     """
     return not is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+_CODE_OF_CHECKPOINT = {method.__code__ for method in (CheckpointFunction.forward, CheckpointFunction.backward)}
+
+
+def _reentrant_checkpoint() -> Any:
+    """What autograd keeps of the outermost re-entrant checkpoint whose block runs now; None if there is none.
+
+    Its first run records no graph. So this object stands for the graph: it lives as long, and is the same in both runs.
+    """
+    frame, found = sys._getframe(), None
+    while frame is not None:
+        if frame.f_code in _CODE_OF_CHECKPOINT:
+            found = frame.f_locals['ctx']
+        frame = frame.f_back  # type: ignore[assignment]
+    return found
 
 
 class Call:
@@ -37,13 +55,14 @@ class Call:
 
 @dataclass
 class FirstRun:
-    """A call of this iteration. If its block is checkpointed, it runs again in the backward pass."""
+    """A call that may run again in the backward pass, which it does if its block is checkpointed."""
 
     shape: torch.Size  #: of the input
     conv: nn.Module | None  #: that made the input, if it is known
     result: Any  #: what the second run uses again, because by then the layer has moved on
-    had_graph: bool
-    backward_pass: int | None = None  #: in which the call ran again last
+    call: weakref.ref[Call]  #: alive while its graph is
+    checkpoint: weakref.ref[Any] | None  #: the re-entrant one in which it ran
+    backward_pass: int | None = None  #: in which it ran again last
 
 
 class Iteration:
@@ -51,7 +70,7 @@ class Iteration:
 
     Attributes:
         calls (int): How many calls there were so far.
-        first_runs: What they computed.
+        first_runs: What they computed, and earlier ones whose backward pass is to come.
         compiled_call: The last call, if a compiled graph made it. Nothing else keeps that one alive.
     """
 
@@ -64,11 +83,12 @@ class Iteration:
         self._version = 0  # of that weight
         self._began_after = 0  # so many backward passes
         self._records_graph = False
+        self._checkpoint: weakref.ref[Any] | None = None  # of the last call
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has no graph, and begins an iteration of its own.
-        of_graph = {'calls': 0, 'first_runs': [], 'compiled_call': None, '_last_call': None, '_weight': None}
-        return {**self.__dict__, **of_graph}
+        none = dict.fromkeys(('compiled_call', '_last_call', '_weight', '_checkpoint'))
+        return {**self.__dict__, 'calls': 0, 'first_runs': [], **none}
 
     @property
     def last_call(self) -> Call | None:
@@ -91,12 +111,15 @@ class Iteration:
         has_changed = weight is not None and weight._version != self._version
         if has_changed or Call.backward_passes != self._began_after:
             return True
-        return self.last_call is None and (self.calls >= calls or self._records_graph != torch.is_grad_enabled())
+        if self.last_call is not None:
+            return False
+        records_graph = torch.is_grad_enabled() or _reentrant_checkpoint() is not None
+        return self.calls >= calls or self._records_graph != records_graph
 
     def begin(self) -> None:
         """Start a new iteration."""
         self.calls = 0
-        self.first_runs = []
+        self.first_runs = [run for run in self.first_runs if run.call() is not None and run.backward_pass is None]
 
     def begin_call(self, weight: Tensor | None) -> Call:
         """Add a call to the iteration. The caller starts a new one first, if :meth:`is_over` says so.
@@ -109,13 +132,18 @@ class Iteration:
         self._weight = None if weight is None else weakref.ref(weight)
         self._version = 0 if weight is None else weight._version
         self._began_after = Call.backward_passes
-        self._records_graph = torch.is_grad_enabled()
+        checkpoint = None if torch.is_grad_enabled() else _reentrant_checkpoint()
+        self._checkpoint = None if checkpoint is None else weakref.ref(checkpoint)
+        if checkpoint is not None:
+            checkpoint.cbn_calls = [*getattr(checkpoint, 'cbn_calls', []), call]  # which it keeps alive
+        self._records_graph = torch.is_grad_enabled() or checkpoint is not None
         self.calls += 1
         return call
 
     def note(self, shape: torch.Size, conv: nn.Module | None, result: Any) -> None:
         """Keep the ``result`` of the last call, which had an input of ``shape`` from ``conv``."""
-        self.first_runs.append(FirstRun(shape, conv, result, self._records_graph))
+        assert self._last_call is not None
+        self.first_runs.append(FirstRun(shape, conv, result, self._last_call, self._checkpoint))
 
     def recall(self, layer: nn.Module, shape: torch.Size, conv: nn.Module | None = None) -> Any:
         """The result of the call that now runs again.
@@ -128,7 +156,11 @@ class Iteration:
         Raises:
             RuntimeError: It cannot be known which call runs again.
         """
-        found = [run for run in self.first_runs if run.shape == shape and run.conv is conv]
+        alike = [run for run in self.first_runs if run.shape == shape and run.conv is conv]
+        with_graph = [run for run in alike if run.call() is not None]
+        checkpoint = _reentrant_checkpoint()
+        same = [run for run in with_graph if run.checkpoint is not None and run.checkpoint() is checkpoint]
+        found = same or with_graph or alike
         if len(found) != 1:
             self._refuse(
                 layer,
@@ -136,10 +168,11 @@ class Iteration:
                 'that convolution',
             )
         (run,) = found
-        # Re-entrant checkpointing records no graph in the first run. So each call may look like an iteration of its
-        # own, and only the last one is noted here. If two run again in one backward pass, there were more.
+        # Another library's re-entrant checkpointing is not known here. Without a graph in the first run, each call may
+        # look like an iteration of its own, and only the last one is noted. If two run again in one backward pass,
+        # there were more.
         backward_pass = torch._C._current_graph_task_id()
-        if not run.had_graph and run.backward_pass == backward_pass:
+        if not with_graph and run.backward_pass == backward_pass:
             self._refuse(layer, f'several of its calls in this iteration had inputs of {list(shape)}')
         run.backward_pass = backward_pass
         return run.result
