@@ -123,12 +123,12 @@ class _Remembered:
 
     def __init__(self, conv: _ConvNd, input: Tensor, output: Tensor) -> None:
         self._conv, self._input = weakref.ref(conv), input
-        self._output, self._version = weakref.ref(output), _version_of(output)
+        self._output, self._version = weakref.ref(output), version_of(output)
 
     def claim(self, output: Tensor) -> tuple[_ConvNd, Tensor] | None:
         """The convolution and its input; None if the call did not return ``output`` as it is now."""
         conv = self._conv()
-        if conv is None or not _same(self._output(), output) or self._version != _version_of(output):
+        if conv is None or not _same(self._output(), output) or self._version != version_of(output):
             return None
         return conv, self._input
 
@@ -149,7 +149,10 @@ _told: weakref.WeakKeyDictionary[_ConvNd, 'weakref.WeakSet[ConvFinder]'] = weakr
 
 
 class _Traced:
-    """The last call in what torch.compile makes a graph of. Only the compiler looks at it; it holds no real tensors."""
+    """The last call in what torch.compile makes a graph of. Only the compiler looks at it; it holds no real tensors.
+
+    A convolution that a norm was told has its own last call as an attribute: others may be called in between.
+    """
 
     call: tuple[_ConvNd, Tensor, Tensor] | None = None
 
@@ -167,6 +170,8 @@ def remember_call(module: nn.Module, args: tuple, kwargs: dict[str, Any], output
         return
     if is_compiling():
         _traced.call = module, input, output
+        if _told.get(module):
+            module._traced_call = _traced.call  # type: ignore[assignment]
         return
     _calls.last = _Remembered(module, input, output)
     if _told.get(module):
@@ -184,7 +189,10 @@ def claim_call(output: Tensor, told: _ConvNd | None = None) -> tuple[_ConvNd, Te
         None if another call was the last one, if the call was not remembered, or if ``output`` was modified in place.
     """
     if is_compiling():
-        traced, _traced.call = _traced.call, None
+        holder: Any = _traced if told is None else told
+        name = 'call' if told is None else '_traced_call'
+        traced = getattr(holder, name, None)
+        setattr(holder, name, None)
         return None if traced is None or traced[2] is not output else traced[:2]
     call = _calls.last if told is None else _calls.of_told.get(told)
     found = None if call is None else call.claim(output)
@@ -196,7 +204,8 @@ def claim_call(output: Tensor, told: _ConvNd | None = None) -> tuple[_ConvNd, Te
     return found
 
 
-def _version_of(tensor: Tensor) -> int:
+def version_of(tensor: Tensor) -> int:
+    """How often it was changed in place."""
     return -1 if tensor.is_inference() else tensor._version  # a tensor of inference mode has none
 
 

@@ -449,3 +449,20 @@ def test_a_checkpointed_block_begins_before_the_convolution(burn_in):
             block = norm if burn_in else lambda x: norm(conv(x))
             loss_of(checkpoint(block, conv(x) if burn_in else x, use_reentrant=False)).backward()
     assert norm.order == 1, 'it does not become naive for that'
+
+
+def test_burn_in_begins_with_an_empty_window():
+    """As where a plain loop burns in again, for another stage of the training."""
+    model = conv_and_norm(window_size=3)
+    for burn_in, length in [(False, 1), (False, 2), (True, 1), (True, 1), (False, 1), (False, 2)]:
+        model[1].burn_in = burn_in
+        model(*batches(1))
+        assert model[1].window_length == length
+
+
+def test_a_model_may_live_in_inference_mode():
+    with torch.inference_mode():
+        model = conv_and_norm(window_size=3)
+        for x in batches(3):
+            model(x)
+    assert model[1].window_length == 3

@@ -123,6 +123,28 @@ def test_a_layer_sees_its_convolution_in_a_graph_or_says_that_it_cannot(kind):
         assert not IS_BEFORE_2_6 and compiled._orig_mod.norm.window_length == 1
 
 
+class TwoBranches(nn.Module):
+    """Each convolution is named, because the other one is called in between."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(4, 4, 3) for _ in range(2))
+        self.norms = nn.ModuleList(CBN(4, window_size=3, conv=conv) for conv in self.convs)
+
+    def forward(self, x):
+        outputs = [conv(x) for conv in self.convs]
+        return sum(norm(output) for norm, output in zip(self.norms, outputs, strict=True)).square().mean()
+
+
+def test_convolutions_that_are_named_are_found_in_a_graph():
+    torch.manual_seed(0)
+    model = TwoBranches()
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(model, fullgraph=BREAKS_NO_GRAPH, backend='aot_eager')
+    train_side_by_side(model, compiled, twin, [x for (x,) in images(5, 6)])
+    assert [norm.window_length for net in (model, twin) for norm in net.norms] == [3] * 4
+
+
 @BACKENDS
 @pytest.mark.parametrize('make', [nn.ConvTranspose2d, ConvWS2d, ConvAWS2d, Conv2dAdaptivePadding])
 def test_other_convolutions_train_as_without_it(make, backend):

@@ -199,12 +199,13 @@ class NamedBatchNorm(nn.BatchNorm2d):
 
 @pytest.mark.parametrize('kind', [BatchNormAndReLU, NamedBatchNorm])
 def test_a_batch_norm_that_does_more_is_refused_by_name(kind):
-    model = nn.ModuleDict(dict(head=nn.Sequential(nn.Conv2d(3, 4, 3), kind(4)), neck=nn.BatchNorm2d(4)))
+    model = nn.ModuleDict(dict(neck=nn.BatchNorm2d(4), head=nn.Sequential(nn.Conv2d(3, 4, 3), kind(4))))
     if kind is NamedBatchNorm:
         assert type(CBN.convert_batchnorm(model)['head'][1]) is CBN
         return
     with pytest.raises(ValueError, match=r"'head\.1' is a BatchNormAndReLU, which does more than BatchNorm"):
         CBN.convert_batchnorm(model)
+    assert type(model['neck']) is nn.BatchNorm2d, 'nothing has changed'
     assert type(CBN.convert_batchnorm(model, prefixes='neck')['neck']) is CBN
 
 

@@ -175,6 +175,20 @@ def test_one_switch_can_follow_another(tmp_path, start):
             train_with_burn_in(tmp_path / 'reverse', [BURN_IN, then, TO_CBN], nn.BatchNorm2d)
 
 
+def test_a_second_training_goes_on_with_the_new_layers(tmp_path):
+    runner, _ = train(tmp_path, dict(type='SwitchNormHook', epoch=1, to='CBN'), epochs=2)
+    runner.train_loop._max_epochs = 3
+    runner.train()
+    assert runner.model.norm.window_length == 4 and runner.epoch == 3
+
+
+def test_a_hook_serves_a_second_runner(tmp_path):
+    hook = SwitchNormHook(epoch=0, to='CBN')
+    for number in range(2):
+        runner, _ = train(tmp_path / str(number), [hook], epochs=1)
+        assert type(runner.model.norm) is CBN
+
+
 def test_a_switch_that_does_not_come_is_a_warning(tmp_path):
     train(tmp_path, dict(type='SwitchNormHook', epoch=1), epochs=1)
     log = next(tmp_path.glob('*/*.log')).read_text()

@@ -14,6 +14,7 @@ from conftest import Net, runner_for
 from mmengine.dist import get_rank
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
+from mmengine.runner import FlexibleRunner
 from test_device import to_cuda
 from torch import distributed, multiprocessing, nn
 from torch._subclasses import FakeTensorMode
@@ -106,6 +107,67 @@ def test_checkpoints_may_lie_in_another_folder(tmp_path):
     assert train(tmp_path / 'run', epochs=3, resume=True, **arguments).lengths == [4] * 4
 
 
+class Uploads(Hook):
+    """Wraps the saving of checkpoints, as a hook does that copies them elsewhere."""
+
+    def before_run(self, runner):
+        save = runner.save_checkpoint
+        runner.save_checkpoint = lambda *args, **kwargs: save(*args, **kwargs)
+
+
+def test_another_hook_may_wrap_the_saving_of_checkpoints(tmp_path):
+    arguments = dict(
+        hook=[Uploads(), dict(type='CBNBurnInHook', burn_in_iters=0, save_window=True)],
+        checkpoints=dict(interval=3, by_epoch=False),
+    )
+    train(tmp_path, train_cfg=dict(by_epoch=False, max_iters=6), **arguments)
+    assert train(tmp_path, train_cfg=dict(by_epoch=False, max_iters=8), resume=True, **arguments).lengths == [4, 4]
+
+
+def test_a_second_training_of_a_resumed_runner_keeps_its_windows(tmp_path):
+    train(tmp_path, epochs=2)
+    model = Net(CBN(4, window_size=4))
+    runner = runner_for(tmp_path, model, HOOK, epochs=3, resume=True)
+    runner.train()
+    runner.train_loop._max_epochs = 4
+    runner.train()
+    assert model.lengths == [4] * 8
+
+
+class Flexible(Net):
+    def train_step(self, data, optim_wrapper):
+        losses = self(data['inputs'])
+        optim_wrapper.update_params(losses['loss'])
+        return losses
+
+
+def test_a_flexible_runner_has_its_windows_again(tmp_path):
+    """It resumes before it calls hooks."""
+
+    def train(epochs, **resume):
+        model = Flexible(CBN(4, window_size=4))
+        FlexibleRunner(
+            model,
+            work_dir=str(tmp_path),
+            strategy=dict(type='SingleDeviceStrategy'),
+            train_dataloader=dict(
+                dataset=[dict(inputs=torch.randn(3, 6, 6)) for _ in range(4)],
+                batch_size=1,
+                sampler=dict(type='DefaultSampler', shuffle=False),
+                collate_fn=dict(type='pseudo_collate'),
+            ),
+            train_cfg=dict(by_epoch=True, max_epochs=epochs),
+            optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01)),
+            custom_hooks=[HOOK],
+            **resume,
+        ).train()
+        return model.lengths
+
+    train(2)
+    assert train(3, resume=True) == [4] * 4
+    assert train(4, resume=True, load_from=str(tmp_path / 'epoch_3.pth')) == [4] * 4
+
+
 class MasterSaves(Hook):
     """Saves a checkpoint in one process alone, as mmengine's ``Runner.save_checkpoint`` allows."""
 
@@ -123,6 +185,7 @@ def train_in_one_of_two_processes(rank, folder):
     wrapper = dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False)
     runner = runner_for(folder, Net(), HOOK, epochs=2, launcher='pytorch', cfg=dict(model_wrapper_cfg=wrapper))
     runner.register_hook(MasterSaves())
+    runner.register_hook(dict(type='CheckpointHook', interval=1, filename_tmpl='snapshot_{}.pth'))
     runner.train()
     del runner
     leave_process_group()
@@ -133,7 +196,8 @@ def test_a_checkpoint_may_be_saved_in_one_process_alone(tmp_path):
     """Other processes are not waited for, which would never come."""
     multiprocessing.spawn(train_in_one_of_two_processes, (tmp_path,), nprocs=2)
     files = {file.name for file in tmp_path.glob('*.cbn_window*')}
-    of_all = {f'epoch_{epoch}.pth.cbn_window_rank{rank}' for epoch in (1, 2) for rank in (0, 1)}
+    names = [f'{name}_{epoch}.pth' for name in ('epoch', 'snapshot') for epoch in (1, 2)]
+    of_all = {f'{name}.cbn_window_rank{rank}' for name in names for rank in (0, 1)}
     assert files == {*of_all, 'extra.pth.cbn_window_rank0'}
 
 

@@ -7,7 +7,7 @@ from mmengine import fileio
 from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
-from mmengine.runner import IterBasedTrainLoop, Runner
+from mmengine.runner import IterBasedTrainLoop, Runner, find_latest_checkpoint
 from torch import nn
 from torch.nn.modules.batchnorm import SyncBatchNorm
 
@@ -79,6 +79,7 @@ class CBNBurnInHook(Hook):
         self.save_window = check_bool('CBNBurnInHook', 'save_window', save_window)
         self.diagnostics = check_bool('CBNBurnInHook', 'diagnostics', diagnostics)
         self._resumed_from: str | None = None
+        self._last_saved: str | None = None  # of windows
         self._begins = True  # the first iteration is to come
         self._layers: dict[str, CBN] = {}  # that are in training
         self._all_layers: dict[str, CBN] = {}
@@ -98,12 +99,15 @@ class CBNBurnInHook(Hook):
         def save_window_and_checkpoint(out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:
             # First the windows, so that no checkpoint is without its own if the run dies in between. Processes must not
             # wait for each other here, because a hook may save a checkpoint in one of them alone.
-            window_file.remove_orphans(out_dir, get_rank())
+            # Nor does the first process, which saves it, wait for this one.
+            window_file.remove_orphans(out_dir, get_rank(), kept=self._last_saved if get_rank() > 0 else None)
             path = window_file.path_of(fileio.join_path(out_dir, filename), get_rank())
             # The checkpoint counts so, and a hook may save it before or after this one's after_train_iter.
-            given = signature(save_checkpoint).bind(out_dir, filename, *args, **kwargs).arguments
+            # Another hook may have wrapped the method, too, with a signature that tells less.
+            given = signature(type(runner).save_checkpoint).bind(runner, out_dir, filename, *args, **kwargs).arguments
             counted = runner.iter if given.get('by_epoch', True) else runner.iter + 1
             window_file.save(path, self._layers, (given.get('meta') or {}).get('iter', counted))
+            self._last_saved = path
             save_checkpoint(out_dir, filename, *args, **kwargs)
 
         if self.save_window:
@@ -135,13 +139,8 @@ class CBNBurnInHook(Hook):
         may_be_others |= any(layer.training != (name in self._layers) for name, layer in self._all_layers.items())
         if may_be_others and active_norms(model_of(runner), CBN) != self._layers:
             self._find_layers(runner)
-        if self._begins and self._resumed_from is not None:
-            self._load_window(runner, window_file.path_of(self._resumed_from, get_rank()))
-        elif self._begins and self.save_window and runner.iter > 0 and not self._has_windows():
-            runner.logger.warning(
-                'CBN: the run was resumed before its hooks could tell from which checkpoint, so the windows fill anew, '
-                'within k iterations. Resume with resume=True in the config, or --resume, to load them.'
-            )
+        if self._begins and self.save_window:
+            self._resume_windows(runner)
         self._begins = False
         burn_in = self._done(runner) < self.length
         for layer in self._layers.values():
@@ -196,6 +195,19 @@ class CBNBurnInHook(Hook):
                 'iterations. They were left out of windows and running statistics. If that goes on, the weights are '
                 'inf or NaN: go back to the last checkpoint, with a lower learning rate or clip_grad in optim_wrapper.'
             )
+
+    def _resume_windows(self, runner: Runner) -> None:
+        checkpoint, self._resumed_from = self._resumed_from, None
+        if checkpoint is None and runner.iter > 0 and not self._has_windows():
+            if runner._resume is True:  # a FlexibleRunner resumes before it calls hooks
+                checkpoint = runner._load_from or find_latest_checkpoint(runner.work_dir)
+            else:
+                runner.logger.warning(
+                    'CBN: the run was resumed before its hooks could tell from which checkpoint, so the windows fill '
+                    'anew, within k iterations. Resume with resume=True in the config, or --resume, to load them.'
+                )
+        if checkpoint is not None:
+            self._load_window(runner, window_file.path_of(checkpoint, get_rank()))
 
     def _load_window(self, runner: Runner, path: str) -> None:
         if not fileio.exists(path):

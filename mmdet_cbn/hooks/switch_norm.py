@@ -1,5 +1,6 @@
 """Training with one normalizer at first and another one later (Table 7: BN, then SyncBN)."""
 
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -66,7 +67,7 @@ class SwitchNormHook(Hook):
             ) from error
         self.source = source
         self.prefixes = prefixes
-        self._is_done = False
+        self._switched: weakref.ref[nn.Module] | None = None  # the model
 
     def makes(self, kind: type[nn.Module]) -> bool:
         """Whether layers become ``kind``, or a subclass of it."""
@@ -79,7 +80,8 @@ class SwitchNormHook(Hook):
                 f'SwitchNormHook: epoch={self.epoch} would never come, because IterBasedTrainLoop counts no epochs. '
                 'Train by epochs, or switch before the first iteration with epoch=0.'
             )
-        self._is_done = False
+        if self._has_switched(runner):  # in an earlier call of runner.train()
+            return
         others = [hook for hook in runner.hooks if isinstance(hook, SwitchNormHook) and hook is not self]
         makers = [hook for hook in others if hook.makes(self._kinds[0]) and hook.epoch <= self.epoch]
         if any(runner.hooks.index(hook) > runner.hooks.index(self) for hook in makers):
@@ -102,7 +104,7 @@ class SwitchNormHook(Hook):
 
     def before_train_epoch(self, runner: Runner) -> None:
         """Switch, if it is time and has not been done."""
-        if runner.epoch < self.epoch or self._is_done:
+        if runner.epoch < self.epoch or self._has_switched(runner):
             return
         layers = self._find(runner)
         for layer in layers.values():
@@ -111,7 +113,10 @@ class SwitchNormHook(Hook):
             f'SwitchNormHook: after {runner.epoch} epochs, {len(layers)} layers of {self.source} became '
             f'{self.to["type"]}.'
         )
-        self._is_done = True
+        self._switched = weakref.ref(model_of(runner))
+
+    def _has_switched(self, runner: Runner) -> bool:
+        return self._switched is not None and self._switched() is model_of(runner)
 
     def _check_eps(self, layers: Mapping[str, _BatchNorm]) -> None:
         """Where there is no hook, as in tools/test.py, the layers have the eps that they began with."""

@@ -33,7 +33,8 @@ _is_exporting = getattr(torch.compiler, 'is_exporting', bool)  # an old torch ha
 
 _REMEDY = (
     "Use order=0 (Naive CBN), which needs no convolution, or type='BN', in the norm_cfg of this layer; or "
-    "unsupported='naive', for order=0 in all such layers; or call the layer as norm(conv(x)) with a torch.nn.Conv2d."
+    "unsupported='naive', for order=0 in all such layers; or call the layer as norm(conv(x)) with a torch.nn.Conv2d; "
+    'or, if another convolution is called in between, build it with conv=conv.'
 )
 if IS_BEFORE_2_13:
     _REMEDY += (
@@ -100,7 +101,6 @@ class CBN(nn.BatchNorm2d):
 
     Attributes:
         finder (ConvFinder): Finds the convolution that feeds the layer.
-        burn_in (bool): While True, train as ``nn.BatchNorm2d`` (k = 1). :class:`CBNBurnInHook` sets it.
         naive_because (str | None): Why the layer became Naive CBN (``unsupported='naive'``); None if it did not.
         window_length (int): Over how many iterations the last training forward averaged; 0 before the first.
         windows (CallWindows): What the layer remembers, one window for each of its calls in an iteration.
@@ -169,7 +169,7 @@ class CBN(nn.BatchNorm2d):
         self.unsupported = unsupported
         self.naive_because: str | None = None
         self.compensation = make_compensation(order, samples)
-        self.burn_in = False
+        self._burn_in = False
         self.window_length = 0
         self.diagnose = False
         self.step_hooks: OrderedDict[int, Callable[[CBN, WindowStep], None]] = OrderedDict()
@@ -375,6 +375,18 @@ class CBN(nn.BatchNorm2d):
         self.forget_window()
         self._start_or_stop_finder()
 
+    @property
+    def burn_in(self) -> bool:
+        """While True, train as ``nn.BatchNorm2d`` (k = 1). :class:`CBNBurnInHook` sets it. To begin it empties the
+        window."""
+        return self._burn_in
+
+    @burn_in.setter
+    def burn_in(self, burn_in: bool) -> None:
+        if burn_in and not self._burn_in:
+            self.forget_window()
+        self._burn_in = burn_in
+
     def train(self, mode: bool = True) -> 'CBN':
         super().train(mode)
         self._start_or_stop_finder()
@@ -391,7 +403,8 @@ class CBN(nn.BatchNorm2d):
 
         Without it, the layer finds out by itself: a new iteration starts if the last call had its backward pass, if
         the weights have changed, or if the graph of the last call is gone and the layer was called as often as in the
-        iterations before. Call it yourself after a forward that failed in a layer with several calls.
+        iterations before. Call it yourself where you leave out the backward pass, as for a loss that is NaN, and keep
+        the loss; and after a forward that failed in a layer with several calls.
         """
         self.windows.begin_iteration()
 
@@ -477,13 +490,15 @@ class CBN(nn.BatchNorm2d):
         check_names('CBN.convert_batchnorm', 'prefixes', prefixes)
         active = active_norms(module, (nn.BatchNorm2d, nn.SyncBatchNorm))
         found = {name: norm for name, norm in active.items() if not isinstance(norm, CBN)}
+        selected = select(found, prefixes, 'CBN.convert_batchnorm')
+        for name, norm in selected.items():
+            if not _is_plain(norm):
+                raise ValueError(
+                    f'CBN.convert_batchnorm: {name!r} is a {type(norm).__name__}, which does more than BatchNorm. '
+                    'Name the parts to convert in prefixes'
+                )
         with torch.random.fork_rng(devices=[]):
-            for name, norm in select(found, prefixes, 'CBN.convert_batchnorm').items():
-                if not _is_plain(norm):
-                    raise ValueError(
-                        f'CBN.convert_batchnorm: {name!r} is a {type(norm).__name__}, which does more than BatchNorm. '
-                        'Name the parts to convert in prefixes'
-                    )
+            for norm in selected.values():
                 torch.rand((), device='cpu')  # so that each layer has a stream of its own for ``samples``
                 shared = (norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
                 convert_in_place(norm, cls(*shared, bias=norm.bias is not None, **arguments))

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from ..errors import title_of
 from ..old_torch import is_compiling
+from ..pairing import version_of
 from .ring import Window
 
 
@@ -108,7 +109,7 @@ class Iteration:
             calls: How many those had.
         """
         weight = None if self._weight is None else self._weight()
-        has_changed = weight is not None and weight._version != self._version
+        has_changed = weight is not None and version_of(weight) != self._version
         if has_changed or Call.backward_passes != self._began_after:
             return True
         if self.last_call is not None:
@@ -130,7 +131,7 @@ class Iteration:
         call = Call()
         self._last_call = weakref.ref(call)
         self._weight = None if weight is None else weakref.ref(weight)
-        self._version = 0 if weight is None else weight._version
+        self._version = 0 if weight is None else version_of(weight)
         self._began_after = Call.backward_passes
         checkpoint = None if torch.is_grad_enabled() else _reentrant_checkpoint()
         self._checkpoint = None if checkpoint is None else weakref.ref(checkpoint)

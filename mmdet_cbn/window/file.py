@@ -39,14 +39,20 @@ def save(path: str, layers: Mapping[str, Layer], iteration: int) -> None:
             fileio.put(buffer.getvalue(), at)
 
 
-def remove_orphans(folder: str, rank: int) -> None:
-    """Remove the files of process ``rank`` in ``folder`` whose checkpoint mmengine has removed."""
+def remove_orphans(folder: str, rank: int, kept: str | None = None) -> None:
+    """Remove the files of process ``rank`` in ``folder`` whose checkpoint mmengine has removed.
+
+    Args:
+        folder: Of the checkpoints.
+        rank: Of the process.
+        kept: A file whose checkpoint may be still to come.
+    """
     if not fileio.isdir(folder):
         return
     suffix = path_of('', rank)
     for name in list(fileio.list_dir_or_file(folder, list_dir=False, suffix=suffix)):
         path = fileio.join_path(folder, name)
-        if not fileio.exists(path.removesuffix(suffix)):
+        if path != kept and not fileio.exists(path.removesuffix(suffix)):
             fileio.remove(path)
 
 
