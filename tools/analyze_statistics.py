@@ -3,9 +3,9 @@ fast the statistics' gradients diminish in the weights of earlier layers (the pa
 
     python tools/analyze_statistics.py configs/cbn/faster-rcnn_r50_fpn_cbn-all_1x_coco.py --out work_dirs/statistics
 
-The config is trained, without evaluation and checkpoints, and the layers of its backbone, neck and RoI heads are looked
-at, the latter with the RoIs of then. DIR gets tables, as Markdown and CSV, and plots; without CONFIG they are made anew
-from the CSV files there.
+The tool trains the config, without evaluation and checkpoints. It measures the layers of backbone, neck and RoI heads.
+The heads get the RoIs of the old iteration. DIR gets tables, as Markdown and CSV, and plots; without CONFIG they are
+made anew from the CSV files there.
 Nothing is compared before burn-in is over; --cfg-options custom_hooks.0.burn_in_epochs=0 leaves it out.
 """
 

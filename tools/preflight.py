@@ -1,4 +1,4 @@
-"""Check whether this machine is ready to train the paper's rows: at most 5 minutes, before days of training.
+"""Check whether this machine is ready to train the paper's rows: a few minutes, before days of training.
 
     python tools/preflight.py --row cbn-head --gpus 4
 

@@ -230,7 +230,7 @@ GRADIENT = _table(
 )
 ORDER = _table(
     'order',
-    'Order of the compensation, with a quarter of the gradient of earlier iterations',
+    'Order of the compensation',
     'images per step',
     *(_burnt_in('Naive CBN', 4, burn_in, gradient='batch') for burn_in in (0, 2)),
     _burnt_in('Naive CBN', 4, 0, gradient='projection'),
