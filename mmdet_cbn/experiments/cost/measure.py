@@ -273,7 +273,7 @@ def measure_cost(settings: Settings, layer_rounds: int) -> tuple[str, dict[str, 
         f'or more. The detector is Mask R-CNN R50 FPN with 4conv1fc heads, k = 4, on images of {width}x{height}: '
         f'{images}. Memory is the most bytes that tensors hold at one time. "First order" is `order=1` and "sampled" '
         'is `samples=64`, both with the default gradient if no other is named. "Heads" is CBN in FPN and heads, '
-        '"all" in the backbone too.\n\n'
+        '"all" in the backbone too. The targets are what we aim at.\n\n'
         + table(
             ['measure', 'target', 'measured', 'met'],
             [[row.measure, row.target, row.measured, 'yes' if row.met else 'no'] for row in found],
