@@ -189,10 +189,11 @@ def claim_call(output: Tensor, told: _ConvNd | None = None) -> tuple[_ConvNd, Te
         None if another call was the last one, if the call was not remembered, or if ``output`` was modified in place.
     """
     if is_compiling():
-        holder: Any = _traced if told is None else told
-        name = 'call' if told is None else '_traced_call'
-        traced = getattr(holder, name, None)
-        setattr(holder, name, None)
+        if told is None:
+            traced, _traced.call = _traced.call, None
+        else:
+            traced = getattr(told, '_traced_call', None)
+            told._traced_call = None  # type: ignore[assignment]
         return None if traced is None or traced[2] is not output else traced[:2]
     call = _calls.last if told is None else _calls.of_told.get(told)
     found = None if call is None else call.claim(output)

@@ -103,7 +103,7 @@ class Machine:
         """Of the row."""
         return self._of(self.row)
 
-    @property
+    @cached_property
     def all_configs(self) -> list[Config]:
         """Of every training run that tools/reproduce.py makes for the paper's tables and figures."""
         runs = {row.run: row for table in COCO if table.number != '8' for row in table.rows}

@@ -125,16 +125,15 @@ def statistics_gradient(
     of_var = share * (past.var > 0)  # not where Eq. 10 takes its maximum
     factor = (past.mean - window.mean).mul_(share)
     patches, var_slope = compensation.weight_slopes(old, past, conv, of_var, factor, None)
-    all_patches, shares, factors_of_var = [patches], [share], [factor]
+    parts = [(patches, share, factor)]
     if rest > 0:
         # With the batch in place of the window, theta receives through x what is beyond f. It is taken back here.
         share = (fraction - own_part).unsqueeze(0)
         stacked = type(kept)(*(tensor.unsqueeze(0) for tensor in kept))
         factor = share * (kept.mean - window.mean)
         patches, var_slope = compensation.weight_slopes(stacked, None, conv, share, factor, var_slope)
-        all_patches.append(patches)
-        shares.append(share)
-        factors_of_var.append(factor)
+        parts.append((patches, share, factor))
+    all_patches, shares, factors_of_var = zip(*parts, strict=True)
     patches, factors = torch.cat(all_patches), torch.cat([*shares, *factors_of_var]).unflatten(0, (2, -1))
     if missing := number - len(patches):
         patches, factors = F.pad(patches, (0,) * 7 + (missing,)), F.pad(factors, (0, 0, 0, missing))
