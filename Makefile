@@ -21,7 +21,7 @@ quickstart: env
 test: env
 	$(ONE_THREAD) .venv/bin/python -m pytest tests $(PARALLEL) -m 'not slow and not rows'
 
-# Also the slow tests, and rows of the paper's tables, trained and evaluated at full size on a few images.
+# Also the slow tests, and rows of the paper's tables, trained and evaluated at full size on one image.
 test-all: env
 	$(ONE_THREAD) .venv/bin/python -m pytest tests $(PARALLEL) -m 'not rows'
 	$(ONE_THREAD) .venv/bin/python -m pytest tests -n auto --dist loadgroup -m rows

@@ -13,7 +13,7 @@ import logging
 from pathlib import Path
 
 from mmdet_cbn.experiments.cost.detectors import Settings
-from mmdet_cbn.experiments.cost.measure import measure_cost
+from mmdet_cbn.experiments.cost.measure import measure_cost, page_of
 
 
 def main() -> None:
@@ -32,7 +32,8 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     logging.disable(logging.INFO)  # mmengine would list the initialization of every weight
-    page, raw = measure_cost(settings, args.layer_rounds)
+    raw = measure_cost(settings, args.layer_rounds)
+    page = page_of(raw)
     print(f'\n{page}', end='')
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)

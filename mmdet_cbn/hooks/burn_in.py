@@ -36,18 +36,18 @@ class CBNBurnInHook(Hook):
     ``cbn_window``, the longest window of all layers, and ``cbn_without_window``, the number of layers whose window is 1
     (BatchNorm).
 
-    :class:`SwitchNormHook` can be used with it, and can turn layers into CBN, or CBN into others, during training. Then
-    too, burn-in counts from the beginning of the training.
+    :class:`SwitchNormHook` can be used with it, and can turn layers into CBN, or CBN into others, during training.
+    Burn-in still counts from the beginning of the training.
 
     Args:
         burn_in_epochs: Length of the burn-in in epochs.
         burn_in_iters: Length of the burn-in in iterations. Give one of the two.
         save_window: Whether to save the windows of each process beside each checkpoint, as
-            ``<checkpoint>.cbn_window_rank<n>``, and to load them on a resume. Then the resumed run goes on as if it had
-            never stopped, as far as mmengine's own state does. Otherwise the windows fill anew within k iterations.
-            The checkpoint itself does not change. A file is removed after its checkpoint is (``max_keep_ckpts``). A
-            process saves its own windows when it saves the checkpoint. If only one process saves it, or if the run
-            dies just then, the windows of the others fill anew.
+            ``<checkpoint>.cbn_window_rank<n>``, and to load them on a resume. Then the resumed run goes on as exactly
+            as mmengine itself resumes. Otherwise the windows fill anew within k iterations. The checkpoint itself does
+            not change. A file is removed after its checkpoint is (``max_keep_ckpts``). A process saves its own windows
+            when it saves the checkpoint. If only one process saves it, or if the run dies just then, the windows of the
+            others fill anew.
         diagnostics: Whether to log, every 50 iterations, what :meth:`CBN.diagnosis` of each layer returns:
             ``cbn/<layer>/window_length``, ``correction``, ``invalid`` and ``radial``. They go where mmengine's log
             goes, e.g. TensorBoard or WandB.

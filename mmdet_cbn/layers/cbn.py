@@ -81,9 +81,8 @@ class CBN(nn.BatchNorm2d):
         samples: Estimate the correction from this many sampled positions of each iteration (e.g. 64) instead of
             gradients. It has no error from ending the Taylor series, but one from sampling. With all positions it is
             exact for the layer. None for the paper's compensation by gradients at all positions.
-        running_stats: Which statistics the running averages record. ``'window'``: those that the layer normalized
-            with, so that evaluation scales as training did. ``'batch'``: the current batch's, as in BatchNorm
-            and in the authors' code.
+        running_stats: Which statistics the running averages record. ``'window'``: the statistics that the layer
+            normalized with. ``'batch'``: the current batch's, as in BatchNorm and in the authors' code.
         gradient: How the backward pass treats the dependence of the window on the current iteration. ``'batch'``, as in
             the authors' code: only the current batch's share of the window depends on the input. ``'weights'``: also
             the compensated earlier statistics depend on the weight of the convolution (Eq. 7 and 8). ``'window'``: for

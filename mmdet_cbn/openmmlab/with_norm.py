@@ -17,7 +17,7 @@ def with_norm(model: dict[str, Any], norm_cfg: dict[str, Any]) -> nn.Module:
 
     Args:
         model: Config of the model.
-        norm_cfg: Of the new layers. They have the eps of the old ones if it gives none.
+        norm_cfg: The config of the new layers. If it has no eps, they take that of the old layers.
 
     Returns:
         The model.

@@ -236,7 +236,7 @@ def detector_of(scope: str, kind: str, settings: Settings) -> Detector:
     return Detector(config_of(scope, kind), settings, one, one)
 
 
-def measure_cost(settings: Settings, layer_rounds: int) -> tuple[str, dict[str, Any]]:
+def measure_cost(settings: Settings, layer_rounds: int) -> dict[str, Any]:
     """Measure all, with progress bars on stderr.
 
     Args:
@@ -244,7 +244,7 @@ def measure_cost(settings: Settings, layer_rounds: int) -> tuple[str, dict[str, 
         layer_rounds: Timed steps of each single layer.
 
     Returns:
-        The page in Markdown, and all that was measured as plain data.
+        All that was measured, as plain data.
     """
     bar = ProgressBar(len(SHAPES) * len(KINDS) * (layer_rounds + 5), file=sys.stderr)
     layers, kernels = measure_layers(layer_rounds, settings, bar.update)
@@ -263,24 +263,29 @@ def measure_cost(settings: Settings, layer_rounds: int) -> tuple[str, dict[str, 
         raw[scope] = dict(results=results, peaks=peaks, weight_gradient_flops=gradients)
     found += inference_rows(settings)
     raw['rows'] = [row._asdict() for row in found]
+    return raw
 
-    where = '{device_name}, {threads} CPU threads, torch {torch}'.format(**raw['settings'])
-    width, height = settings.size
-    images = f'{settings.batch_size} for times and FLOPs, 4 for memory' if settings.batch_size != 4 else '4'
-    page = (
+
+def page_of(raw: dict[str, Any]) -> str:
+    """What :func:`measure_cost` returned, in Markdown."""
+    settings = raw['settings']
+    where = '{device_name}, {threads} CPU threads, torch {torch}'.format(**settings)
+    width, height = settings['size']
+    images = f'{settings["batch_size"]} for times and FLOPs, 4 for memory' if settings['batch_size'] != 4 else '4'
+    kernels = f'\n\nKernels of such a step, with copies and fills of memory:\n\n{kernel_table(raw["kernels"])}'
+    rows = [[row['measure'], row['target'], row['measured'], 'yes' if row['met'] else 'no'] for row in raw['rows']]
+    return (
         f'Measured by `tools/cost.py` on {where}. Times are medians (first to third quartile) over rounds in which '
-        'all kinds take turns. Operators are counted on a CPU, without views; on a GPU each launches one kernel '
-        f'or more. The detector is Mask R-CNN R50 FPN with 4conv1fc heads, k = 4, on images of {width}x{height}: '
-        f'{images}. Memory is the most bytes that tensors hold at one time. "First order" is `order=1` and "sampled" '
-        'is `samples=64`, both with the default gradient if no other is named. "Heads" is CBN in FPN and heads, '
-        '"all" in the backbone too. The targets are what we aim at.\n\n'
-        + table(
-            ['measure', 'target', 'measured', 'met'],
-            [[row.measure, row.target, row.measured, 'yes' if row.met else 'no'] for row in found],
-        )
-        + '\n\nOne convolution and its normalizer, forward and backward, time / BN:\n\n'
-        + layer_table(layers)
-        + '\n'
-        + (f'\nKernels of such a step, with copies and fills of memory:\n\n{kernel_table(kernels)}\n' * bool(kernels))
+        'all kinds take turns.\n\n'
+        '## Single layers\n\n'
+        'One convolution and its normalizer, forward and backward, time / BN. "Two gradients by autograd" is a plain '
+        'version of CBN, for comparison.\n\n'
+        f'{layer_table(raw["layers"])}{kernels * bool(raw["kernels"])}\n\n'
+        '## Detectors, and our targets\n\n'
+        'The targets are what we aim at. Operators are counted on a CPU, without views; on a GPU each launches one '
+        'kernel or more. The detector is Mask R-CNN R50 FPN with 4conv1fc heads, k = 4, on images of '
+        f'{width}x{height}: {images}. Memory is the most bytes that tensors hold at one time. "First order" is '
+        '`order=1` and "sampled" is `samples=64`, both with the default gradient if no other is named. "Heads" is CBN '
+        'in FPN and heads, "all" in the backbone too.\n\n'
+        f'{table(["measure", "target", "measured", "met"], rows)}\n'
     )
-    return page, raw
