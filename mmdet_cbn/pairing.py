@@ -353,6 +353,7 @@ class Watch:
         if self._handle is not None and not self.finders:
             self._handle.remove()
             self._handle = None
+            _calls.last = None  # it may be of a model that has no norm of ours
 
     def _remember_call(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         if not is_compiling():

@@ -143,6 +143,36 @@ def test_epochs_are_refused_where_none_are_counted(tmp_path, hook):
             runner.train()
 
 
+def test_no_burn_in_needs_no_count(tmp_path):
+    model = Net()
+    hook = dict(type='CBNBurnInHook', burn_in_epochs=0)
+    runner_for(tmp_path, model, hook, train_cfg=dict(by_epoch=False, max_iters=4)).train()
+    assert model.lengths == [1, 2, 3, 3]
+
+
+class WithTeacher(Net):
+    """As mmdet's SemiBaseDetector: a part is put into evaluation in each forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.teacher = Net()
+
+    def forward(self, inputs, mode='tensor'):
+        self.teacher.eval()
+        with torch.no_grad():
+            self.teacher(inputs)
+        return super().forward(inputs, mode)
+
+
+@pytest.mark.parametrize('train_cfg', [None, dict(by_epoch=False, max_iters=16)])
+def test_a_teacher_does_not_count_as_a_layer_without_window(tmp_path, train_cfg):
+    runner = runner_for(tmp_path, WithTeacher(), ITERS, train_cfg=train_cfg)
+    runner.train()
+    assert runner.message_hub.get_scalar('train/cbn_without_window').data[0].tolist() == [1] * 7 + [0] * 9
+    log = ''.join(path.read_text() for path in tmp_path.glob('*/*.log'))
+    assert log.count('layers in training') <= 2
+
+
 def test_auto_without_a_batch_size_is_an_error(tmp_path):
     model = Net(CBN(4, window_size='auto'))
     runner = runner_for(tmp_path, model, EPOCHS)

@@ -4,6 +4,7 @@ import pickle
 import tarfile
 import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -335,3 +336,32 @@ def test_a_checkpoint_in_another_folder_is_found_by_its_name(tmp_path):
     (tmp_path / 'epoch_1.pth').touch()
     (tmp_path / 'last_checkpoint').write_text(str(elsewhere))
     assert runner.find_latest_checkpoint(str(tmp_path)) == str(elsewhere)
+
+
+def test_a_file_of_the_same_name_does_not_stand_in_for_the_one_that_is_named(tmp_path):
+    """An earlier training wrote it, before CheckpointHook had an ``out_dir``."""
+    for folder in (tmp_path, tmp_path / 'ssd'):
+        folder.mkdir(exist_ok=True)
+        (folder / 'epoch_3.pth').touch()
+    (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'ssd' / 'epoch_3.pth'))
+    assert runner.find_latest_checkpoint(str(tmp_path)) == str(tmp_path / 'ssd' / 'epoch_3.pth')
+
+
+def safe_globals():
+    """What torch takes for safe. An older torch has no such list."""
+    return set() if IS_BEFORE_2_6 else set(torch.serialization.get_safe_globals())
+
+
+def test_threads_load_beside_each_other(tmp_path, checkpoint):
+    torch.save(checkpoint, tmp_path / 'good.pth')
+    torch.save(dict(other=EvilGetattr(tmp_path)), tmp_path / 'own.pth')
+    before, safe = torch.load, safe_globals()
+
+    def load(number):
+        if number % 2:  # a user's own, which is none of our business
+            return torch.load(tmp_path / 'own.pth', weights_only=False)['other']
+        return CheckpointLoader.load_checkpoint(str(tmp_path / 'good.pth'), 'cpu')['meta']['epoch']
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(load, range(200))) == [1, HistoryBuffer.register_statistics] * 100
+    assert torch.load is before and safe_globals() == safe

@@ -240,3 +240,16 @@ def test_converted_layers_draw_samples_of_their_own_and_leave_other_random_numbe
     assert torch.equal(torch.get_rng_state(), before)
     draws = {layer.compensation.draws for layer in model if isinstance(layer, CBN)}
     assert len(draws) == 3 and type(model[-1]) is nn.BatchNorm1d
+
+
+def test_to_look_for_active_norms_leaves_no_norm_watching():
+    """One with a part of its own, as timm's norms with their activation."""
+
+    class WithActivation(CBN):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.activation = nn.ReLU()
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), WithActivation(4)).eval()
+    assert list(active_norms(model, CBN)) == ['1']
+    assert not model[1].training and model[1].finder not in pairing.watch

@@ -269,7 +269,9 @@ def test_what_the_tool_publishes_detects_the_same_without_the_plugin(
     assert result.returncode == 0, result.stderr
     written = [tmp_path / 'published' / name for name in ('config.py', 'model.pth')]
     assert all(str(path) in result.stdout for path in written)
-    assert set(torch.load(written[1], weights_only=True)) == {'meta', 'state_dict'}
+    published = torch.load(written[1], weights_only=True)
+    assert set(published) == {'meta', 'state_dict'}
+    assert Config.fromfile(written[0]).pretty_text == published['meta']['cfg']
     expected = detections(detector, runner.val_dataloader)[0]
     assert_same(detected_without_plugin(*written, images[0], tmp_path), expected)
     inferencer = DetInferencer(weights=str(written[1]), device='cpu', show_progress=False)
@@ -285,6 +287,10 @@ def test_the_tool_publishes_nothing_that_does_not_fit(config, checkpoint, tmp_pa
         result = publish(config, tmp_path / file, tmp_path / 'published')
         assert result.returncode == 2 and message in result.stderr
         assert not (tmp_path / 'published').exists()
+    for text, message in (('x = 1', 'has no model'), ("model = dict(type='RetinaNett')", 'RetinaNett'), ('x =', '')):
+        (tmp_path / 'wrong.py').write_text(text)
+        result = publish(tmp_path / 'wrong.py', checkpoint, tmp_path / 'published')
+        assert result.returncode == 2 and message in result.stderr and 'Traceback' not in result.stderr
     result = publish(config, checkpoint, tmp_path)
     assert result.returncode == 2 and 'must not exist' in result.stderr
 
@@ -335,6 +341,9 @@ def test_a_published_config_has_what_was_in_with_norm(norm_cfg):
     inner = dict(type='mmdet.ResNet', depth=18)
     config = Config(dict(model=dict(backbone=dict(type='WithNorm', model=inner, norm_cfg=norm_cfg))))
     assert plain_config(config).model.backbone == inner
+    config.model.backbone.init_cfg = dict(type='Pretrained')
+    assert plain_config(config).model.backbone == {**inner, 'init_cfg': dict(type='Pretrained')}
+    del config.model.backbone.init_cfg
     for other in (dict(type='GN', num_groups=4), {**norm_cfg, 'eps': 0.1}):
         config.model.backbone.norm_cfg = other
         with pytest.raises(ValueError, match='mmdet_cbn is needed for WithNorm, unless its norm_cfg is of BatchNorm'):

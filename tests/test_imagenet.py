@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 from conftest import ROOT
+from mmengine.model import BaseModel, ImgDataPreprocessor
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner
 from torch import nn
@@ -238,3 +239,20 @@ def test_new_layers_begin_with_what_the_old_ones_have(norm_cfg):
     assert model.bn is model.layers[1] and type(model.bn) in (CBN, nn.GroupNorm) and not model.bn.training
     assert not model.bn.weight.any() and model.bn.weight.requires_grad and not model.bn.bias.requires_grad
     assert norm_cfg['type'] == 'GN' or (model.bn.running_mean == 7).all()
+
+
+class HardCoded(BaseModel):
+    def __init__(self, data_preprocessor=None):
+        super().__init__(data_preprocessor)
+        self.bn = nn.BatchNorm2d(4)
+
+    def forward(self, inputs, mode='tensor'):
+        return self.bn(inputs)
+
+
+def test_a_config_with_its_data_preprocessor_apart_builds_a_model_with_norm():
+    """The Runner adds it to the config of the model, which is WithNorm's here."""
+    MODELS.register_module(module=HardCoded, force=True)
+    apart = dict(data_preprocessor=dict(type='ImgDataPreprocessor'))
+    model = MODELS.build(dict(type='WithNorm', model=dict(type='HardCoded'), norm_cfg=dict(type='CBN'), **apart))
+    assert type(model.data_preprocessor) is ImgDataPreprocessor and type(model.bn) is CBN

@@ -77,6 +77,16 @@ def test_weights_momentum_and_statistics_cross_the_switch(tmp_path, to):
     assert (runner.model.norm.momentum, runner.model.norm.eps) == (0.1, 1e-5), "the old layer's"
 
 
+def test_each_new_layer_draws_samples_of_its_own(tmp_path):
+    model = Net(nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)))
+    hook, runner = SwitchNormHook(epoch=0, to=dict(type='CBN', samples=4)), runner_for(tmp_path, model, None)
+    before = torch.get_rng_state()
+    hook.before_train_epoch(runner)
+    first, _, second = model.norm
+    assert first.compensation.state() != second.compensation.state()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_the_new_layers_have_the_arguments_of_the_old_ones(tmp_path):
     old = nn.BatchNorm2d(4, eps=1e-3, momentum=0.3, affine=False)
     runner = runner_for(tmp_path, Net(old), SwitchNormHook(epoch=1, to='CBN'), epochs=2)
@@ -252,7 +262,9 @@ def test_it_switches_inside_distributed_data_parallel(tmp_path):
         (dict(epoch=1, to='GN'), ValueError, "to must be a registered normalizer .* 'GN'"),
         (dict(epoch=1, to=dict(type='LN')), ValueError, "to must be a registered normalizer .* 'LN'"),
         (dict(epoch=1, to=dict(type='CBN', window_size=0)), ValueError, 'window_size must be an int >= 1'),
-        (dict(epoch=1, to=3), ValueError, 'to must be a registered normalizer'),
+        (dict(epoch=1, to=3), TypeError, 'to must be a name or a norm_cfg, got 3'),
+        (dict(epoch=1, to=dict(type='CBN', requires_grad=False)), ValueError, 'requires_grad of to must be True'),
+        (dict(epoch=1, to='CBN', source='BN1d'), ValueError, "'BN1d' takes, got 'CBN', .* inputs of other dimensions"),
         (
             dict(epoch=1, to=dict(type='BN', affine=False)),
             ValueError,

@@ -5,8 +5,11 @@ import os
 import pickle
 import random
 import shutil
+import threading
 import time
 from datetime import timedelta
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
@@ -166,6 +169,7 @@ def test_a_flexible_runner_has_its_windows_again(tmp_path):
     train(2)
     assert train(3, resume=True) == [4] * 4
     assert train(4, resume=True, load_from=str(tmp_path / 'epoch_3.pth')) == [4] * 4
+    assert train(4, resume=str(tmp_path / 'epoch_3.pth')) == [4] * 4
 
 
 class MasterSaves(Hook):
@@ -289,13 +293,15 @@ def test_the_best_checkpoint_has_its_windows(tmp_path):
     assert train_and_evaluate(resume=True, load_from=str(tmp_path / 'best_accuracy_epoch_1.pth')) == [4] * 4
 
 
-def test_to_train_on_with_the_same_runner_is_no_resume(tmp_path):
+@pytest.mark.parametrize(('burn_in_epochs', 'lengths'), [(0, [1, 2, 3, 4, 4, 4, 4, 4]), (2, [1] * 8)])
+def test_to_train_on_with_the_same_runner_is_no_resume(tmp_path, burn_in_epochs, lengths):
     model = Net(CBN(4, window_size=4))
-    runner = runner_for(tmp_path, model, dict(HOOK, burn_in_epochs=0), epochs=1)
+    runner = runner_for(tmp_path, model, dict(HOOK, burn_in_epochs=burn_in_epochs), epochs=1)
     runner.train()
+    save_checkpoint = runner.save_checkpoint
     runner.train_loop._max_epochs = 2
     runner.train()
-    assert model.lengths == [1, 2, 3, 4, 4, 4, 4, 4]
+    assert model.lengths == lengths and runner.save_checkpoint is save_checkpoint
     assert 'the run was resumed before' not in ''.join(path.read_text() for path in tmp_path.glob('*/*.log'))
 
 
@@ -320,6 +326,33 @@ def test_a_missing_file_is_a_warning(tmp_path):
     assert f'{file} is missing, so the windows fill anew' in log
 
 
+def test_windows_of_another_iteration_are_a_warning(tmp_path):
+    """All checkpoints have one name, and the run was killed between the windows and the checkpoint."""
+    train(tmp_path, epochs=2)
+    (file,) = tmp_path.glob('epoch_2.pth.cbn*')
+    file.write_bytes(resaved(file.read_bytes(), lambda states: states, iteration=12))
+    assert train(tmp_path, epochs=3, resume=True).lengths == [1, 2, 3, 4]
+    log = ''.join(path.read_text() for path in tmp_path.glob('*/*.log'))
+    assert f'{file} was not written after 8 iterations, as the checkpoint was, so the windows fill anew' in log
+
+
+def test_a_resume_from_a_url_fills_the_windows_anew(tmp_path, monkeypatch):
+    """mmengine can read from HTTP, and not tell whether a file exists there."""
+    train(tmp_path, epochs=2)
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'cache'))
+    with ThreadingHTTPServer(('127.0.0.1', 0), partial(SimpleHTTPRequestHandler, directory=str(tmp_path))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f'http://127.0.0.1:{server.server_port}/epoch_2.pth'
+        assert train(tmp_path / 'resumed', epochs=3, resume=True, load_from=url).lengths == [1, 2, 3, 4]
+        server.shutdown()
+
+
+def test_a_resume_from_the_home_directory_has_its_windows(tmp_path, monkeypatch):
+    train(tmp_path, epochs=2)
+    monkeypatch.setenv('HOME', str(tmp_path))
+    assert train(tmp_path / 'resumed', epochs=3, resume=True, load_from='~/epoch_2.pth').lengths == [4] * 4
+
+
 class Evil:
     def __reduce__(self):
         return os.mkdir, (os.environ['EVIL'],)
@@ -335,7 +368,6 @@ class Evil:
         (lambda data: resaved(data, lambda states: {'other': states['norm']}), 'it belongs to other layers'),
         (lambda data: resaved(data, lambda states: [states]), ''),
         (lambda data: resaved(data, lambda states: states, other=1), 'it belongs to other layers'),
-        (lambda data: resaved(data, lambda s: s, iteration=7), 'it was written after 7 iterations, not after 8'),
         (lambda data: resaved(data, lambda states: {'norm': {}}), "'windows'"),
         (lambda data: edited(data, kind='Evil'), "'Evil'"),
         (lambda data: edited(data, length=9), 'it has 9 iterations'),

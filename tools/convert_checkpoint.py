@@ -40,7 +40,7 @@ def main() -> int:
         released = load_checkpoint(args.checkpoint, map_location='cpu')
         with errors_name_file(args.checkpoint, 'is no checkpoint of the released code'):
             converted, report = convert_checkpoint(released, shapes)
-    except (OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SyntaxError, pickle.UnpicklingError) as error:
         parser.error(str(error))
     print(report)
     if not report.complete:

@@ -6,6 +6,7 @@ It writes DIR/config.py and DIR/model.pth, and checks that the checkpoint fills 
 """
 
 import argparse
+import copy
 import pickle
 from pathlib import Path
 
@@ -28,11 +29,14 @@ def main() -> None:
         parser.error(f'DIR must not exist, got {args.out}')
     try:
         config = Config.fromfile(args.config)
+        if 'model' not in config:
+            raise ValueError(f'{args.config} has no model')
         init_default_scope(config.get('default_scope', 'mmdet'))
         config = plain_config(config)
         published = plain_checkpoint(load_checkpoint(args.checkpoint, map_location='cpu'), config)
-        MODELS.build(config.model).load_state_dict(published['state_dict'])
-    except (OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
+        model = MODELS.build(copy.deepcopy(config.model))  # mmdet writes into what it builds from
+        model.load_state_dict(published['state_dict'])
+    except (OSError, ValueError, RuntimeError, KeyError, SyntaxError, pickle.UnpicklingError) as error:
         parser.error(str(error))
     args.out.mkdir(parents=True)
     config.dump(args.out / 'config.py')

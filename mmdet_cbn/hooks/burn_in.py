@@ -1,5 +1,8 @@
 """The burn-in of Cross-Iteration Batch Normalization, counted by mmengine's Runner."""
 
+import os
+import weakref
+from collections.abc import Set
 from inspect import signature
 from typing import Any
 
@@ -78,11 +81,14 @@ class CBNBurnInHook(Hook):
         self.length = check_int('CBNBurnInHook', name, length, at_least=0)
         self.save_window = check_bool('CBNBurnInHook', 'save_window', save_window)
         self.diagnostics = check_bool('CBNBurnInHook', 'diagnostics', diagnostics)
+        self._runner: weakref.ref[Runner] | None = None  # the last
+        self._runs_again = False  # it trained or tested before
         self._resumed_from: str | None = None
         self._last_saved: str | None = None  # of windows
         self._begins = True  # the first iteration is to come
         self._layers: dict[str, CBN] = {}  # that are in training
         self._all_layers: dict[str, CBN] = {}
+        self._announced: list[Set[str]] = []  # sets of layers
         self._bad_batches: dict[str, int] = {}
 
     def before_run(self, runner: Runner) -> None:
@@ -90,6 +96,10 @@ class CBNBurnInHook(Hook):
 
         mmengine has no hook that tells, in all processes, which checkpoint is saved or resumed from.
         """
+        self._runs_again = self._runner is not None and self._runner() is runner
+        self._runner = weakref.ref(runner)
+        if self._runs_again or not self.save_window:
+            return
         resume, save_checkpoint = runner.resume, runner.save_checkpoint
 
         def resume_and_note(filename: str, *args: Any, **kwargs: Any) -> None:
@@ -110,18 +120,17 @@ class CBNBurnInHook(Hook):
             self._last_saved = path
             save_checkpoint(out_dir, filename, *args, **kwargs)
 
-        if self.save_window:
-            runner.resume, runner.save_checkpoint = resume_and_note, save_window_and_checkpoint
+        runner.resume, runner.save_checkpoint = resume_and_note, save_window_and_checkpoint
 
     def before_train(self, runner: Runner) -> None:
         """Check that there is, or will be, something to burn in."""
-        if self.by_epoch and isinstance(runner.train_loop, IterBasedTrainLoop):
+        if self.by_epoch and self.length > 0 and isinstance(runner.train_loop, IterBasedTrainLoop):
             raise RuntimeError(
                 f'CBNBurnInHook: burn_in_epochs={self.length} would never end, because IterBasedTrainLoop counts no '
                 'epochs. Use burn_in_iters; '
                 f'the train dataloader has {len(runner.train_dataloader)} iterations an epoch.'
             )
-        self._begins = True
+        self._begins, self._announced = True, []
         model = model_of(runner)
         switches = any(isinstance(hook, SwitchNormHook) and hook.makes(CBN) for hook in runner.hooks)
         if not switches and not active_norms(model, CBN):
@@ -151,7 +160,8 @@ class CBNBurnInHook(Hook):
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
     ) -> None:
         """Put the window length into the log, and now and then a warning of inf and NaN, and diagnoses."""
-        lengths = [layer.window_length for layer in self._layers.values()]
+        # A teacher, as of mmdet's SemiBaseDetector, is put into evaluation in its forward.
+        lengths = [layer.window_length for layer in self._layers.values() if layer.training]
         runner.message_hub.update_scalars(
             {
                 'train/cbn_window': max(lengths, default=1),
@@ -173,7 +183,9 @@ class CBNBurnInHook(Hook):
                 layer.window_size = suggested_window_size(_images_per_gpu(runner.train_dataloader))
         for layer in self._layers.values():
             layer.diagnose = self.diagnostics
-        self._announce(runner, frozen=len(self._all_layers) - len(self._layers))
+        if self._layers.keys() not in self._announced:
+            self._announced.append(self._layers.keys())
+            self._announce(runner, frozen=len(self._all_layers) - len(self._layers))
 
     def _log_diagnoses(self, runner: Runner) -> None:
         for name, layer in self._layers.items():
@@ -199,9 +211,10 @@ class CBNBurnInHook(Hook):
     def _resume_windows(self, runner: Runner) -> None:
         checkpoint, self._resumed_from = self._resumed_from, None
         if checkpoint is None and runner.iter > 0 and not self._has_windows():
-            if runner._resume is True:  # a FlexibleRunner resumes before it calls hooks
-                checkpoint = runner._load_from or find_latest_checkpoint(runner.work_dir)
-            else:
+            if runner._resume:  # a FlexibleRunner resumes before it calls hooks
+                named = runner._resume if isinstance(runner._resume, str) else runner._load_from
+                checkpoint = named or find_latest_checkpoint(runner.work_dir)
+            elif not self._runs_again:
                 runner.logger.warning(
                     'CBN: the run was resumed before its hooks could tell from which checkpoint, so the windows fill '
                     'anew, within k iterations. Resume with resume=True in the config, or --resume, to load them.'
@@ -210,11 +223,23 @@ class CBNBurnInHook(Hook):
             self._load_window(runner, window_file.path_of(checkpoint, get_rank()))
 
     def _load_window(self, runner: Runner, path: str) -> None:
-        if not fileio.exists(path):
+        if '://' not in path:
+            path = os.path.expanduser(path)  # as mmengine does for the checkpoint
+        try:
+            exists = fileio.exists(path)
+        except (AttributeError, NotImplementedError):  # a backend that reads only, as mmengine's for HTTP
+            exists = False
+        if not exists:
             runner.logger.warning(f'CBN: {path} is missing, so the windows fill anew, within k iterations.')
             return
         layers, names = self._layers, dict(model_of(runner).named_modules()).keys()
         count = window_file.load(path, layers, names, runner.iter)
+        if count is None:
+            runner.logger.warning(
+                f'CBN: {path} was not written after {runner.iter} iterations, as the checkpoint was, so the windows '
+                'fill anew, within k iterations.'
+            )
+            return
         runner.logger.info(f'CBN: the windows of {count} of {len(layers)} layers come from {path}.')
 
     def _has_windows(self) -> bool:

@@ -8,12 +8,14 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import IterBasedTrainLoop, Runner
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 
 from ..arguments import check_int, check_names, shown
-from ..layers.conversion import active_norms, convert_in_place, select
+from ..layers.conversion import active_norms, convert_all, convert_in_place, select
 from ..requirements import wanted
 from .model import model_of
+
+_OF_DIMENSIONS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 @HOOKS.register_module()
@@ -55,10 +57,19 @@ class SwitchNormHook(Hook):
     ) -> None:
         self.epoch = check_int('SwitchNormHook', 'epoch', epoch, at_least=0)
         check_names('SwitchNormHook', 'prefixes', prefixes)
+        if not isinstance(to, str | dict):
+            raise TypeError(f'SwitchNormHook: to must be a name or a norm_cfg, got {shown(to)}')
         self.to: dict[str, Any] = to if isinstance(to, dict) else dict(type=to)
+        if not self.to.get('requires_grad', True):
+            raise ValueError('SwitchNormHook: requires_grad of to must be True, got False: parameters stay as they are')
         # That they can be built is seen now, not in the middle of training.
         old, new = _build('source', dict(type=source), nn.BatchNorm2d(1)), _build('to', self.to, nn.BatchNorm2d(1))
         self._kinds = type(old), type(new)
+        if any(isinstance(new, kind) and not isinstance(old, kind | SyncBatchNorm) for kind in _OF_DIMENSIONS):
+            raise ValueError(
+                f'SwitchNormHook: to must take the inputs that source={source!r} takes, got {to!r}, '
+                'which is for inputs of other dimensions'
+            )
         try:
             convert_in_place(old, new)
         except ValueError as error:
@@ -107,8 +118,7 @@ class SwitchNormHook(Hook):
         if runner.epoch < self.epoch or self._has_switched(runner):
             return
         layers = self._find(runner)
-        for layer in layers.values():
-            convert_in_place(layer, _build('to', self.to, layer))
+        convert_all(layers.values(), lambda layer: _build('to', self.to, layer))
         runner.logger.info(
             f'SwitchNormHook: after {runner.epoch} epochs, {len(layers)} layers of {self.source} became '
             f'{self.to["type"]}.'
@@ -149,6 +159,6 @@ def _build(argument: str, norm_cfg: Any, like: _BatchNorm) -> _BatchNorm:
     except Exception as error:  # whatever mmcv, or a normalizer of anyone's, has against it
         raise ValueError(
             f'SwitchNormHook: {argument} must be a registered normalizer with the arguments of BatchNorm, '
-            f'got {shown(norm_cfg)} ({error})'
+            f'got {shown(norm_cfg)} ({str(error) or type(error).__name__})'
         ) from error
     return layer

@@ -20,7 +20,7 @@ from ..pairing import ConvCall, ConvFinder, claim_call, why_unsupported
 from ..window.calls import CallWindows, is_recomputing
 from .batch_renorm import BRN
 from .compilation import opaque_to_compiler
-from .conversion import active_norms, as_leaf, convert_in_place, select
+from .conversion import active_norms, as_leaf, convert_all, select
 from .diagnosis import Diagnosis, DiagnosisRecorder
 from .gradient import DEFAULT_GRADIENT, GRADIENTS, Gradient, stand_in, statistics_gradient
 from .normalization import WindowNorm
@@ -496,11 +496,12 @@ class CBN(nn.BatchNorm2d):
                     f'CBN.convert_batchnorm: {name!r} is a {type(norm).__name__}, which does more than BatchNorm. '
                     'Name the parts to convert in prefixes'
                 )
-        with torch.random.fork_rng(devices=[]):
-            for norm in selected.values():
-                torch.rand((), device='cpu')  # so that each layer has a stream of its own for ``samples``
-                shared = (norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
-                convert_in_place(norm, cls(*shared, bias=norm.bias is not None, **arguments))
+
+        def as_cbn(norm: Any) -> CBN:
+            shared = (norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+            return cls(*shared, bias=norm.bias is not None, **arguments)
+
+        convert_all(selected.values(), as_cbn)
         return module
 
     def extra_repr(self) -> str:

@@ -1,8 +1,9 @@
 """Turning the normalizers of a built model into others, in place."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import torch
 import torch.fx
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -25,7 +26,7 @@ def active_norms(model: nn.Module, kind: type[Any] | tuple[type[Any], ...] = _Ba
         if isinstance(module, kind) and module.training and (modes[module] or not modes[model])
     }
     for module, mode in modes.items():
-        if next(module.children(), None) is None:
+        if isinstance(module, _BatchNorm) or next(module.children(), None) is None:
             module.train(mode)  # not the attribute alone: a CBN has more to do
         else:
             module.training = mode
@@ -63,6 +64,17 @@ def select(norms: Mapping[str, Norm], prefixes: str | Sequence[str] | None, owne
             )
         found.update(matches)
     return found
+
+
+def convert_all(layers: Iterable[Norm], make: Callable[[Norm], nn.Module]) -> None:
+    """Give each layer the type and the settings of what ``make`` returns for it (:func:`convert_in_place`).
+
+    Each has a random stream of its own for ``samples``. No other random stream is touched.
+    """
+    with torch.random.fork_rng(devices=[]):
+        for layer in layers:
+            torch.rand((), device='cpu')
+            convert_in_place(layer, make(layer))
 
 
 def convert_in_place(layer: nn.Module, other: nn.Module) -> None:

@@ -13,6 +13,7 @@ its name when it is whole.
 import os
 import pickle
 import re
+import threading
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from . import old_unpickler
 from .allowed import allowed_globals
 
 _torch_load = torch.load
+_lock = threading.RLock()  # torch.load, and what torch takes for safe, belong to all threads
 
 
 def restricted_torch_load(file: Any, map_location: Any = None, **ignored: Any) -> Any:
@@ -41,13 +43,14 @@ def restricted_torch_load(file: Any, map_location: Any = None, **ignored: Any) -
     _check_archive(file)
     if IS_BEFORE_2_6:
         return old_unpickler.torch_load(file, map_location)
-    declared = torch.serialization.get_safe_globals()
-    torch.serialization.clear_safe_globals()
-    try:
-        with torch.serialization.safe_globals(allowed_globals()):
-            return _torch_load(file, map_location=map_location, weights_only=True)
-    finally:
-        torch.serialization.add_safe_globals(declared)
+    with _lock:
+        declared = torch.serialization.get_safe_globals()
+        torch.serialization.clear_safe_globals()
+        try:
+            with torch.serialization.safe_globals(allowed_globals()):
+                return _torch_load(file, map_location=map_location, weights_only=True)
+        finally:
+            torch.serialization.add_safe_globals(declared)
 
 
 def _check_archive(file: Any) -> None:
@@ -87,10 +90,16 @@ def load_checkpoint(filename: str, map_location: Any = None, logger: Any = 'curr
         pickle.UnpicklingError: The file holds something that mmengine does not write.
         RuntimeError: The file is damaged, holds no dict, or torch cannot load it for another reason.
     """
+    thread = threading.get_ident()
+
+    def load(*args: Any, **kwargs: Any) -> Any:
+        own = threading.get_ident() == thread  # another thread may load something of its own meanwhile
+        return (restricted_torch_load if own else _torch_load)(*args, **kwargs)
+
     try:
         # All loaders of mmengine, those for URLs included, come to torch.load in the end. One of the forks lets getattr
         # through there, or anything at all where torch refuses.
-        with mock.patch.object(torch, 'load', restricted_torch_load):
+        with _lock, mock.patch.object(torch, 'load', load):
             checkpoint = _load_checkpoint(filename, map_location, logger)
     except pickle.UnpicklingError as error:
         # torch's message is long, and advises to load without restriction.
@@ -148,18 +157,21 @@ def save_checkpoint(checkpoint: dict, filename: str, *args: Any, **kwargs: Any) 
 def find_latest_checkpoint(path: str) -> str | None:
     """In place of mmengine's, for its Runner: the checkpoint that a training in folder ``path`` wrote last.
 
-    Where ``last_checkpoint`` names none, since a run was killed as it wrote the name, or the folder has been moved, it
-    is the newest one there. None if there is none.
+    If ``last_checkpoint`` names a file that does not exist, because the folder has been moved, it is the file of that
+    name in ``path``. If it names none, because a run was killed as it wrote the name, it is the newest one there.
+
+    Returns:
+        None if there is none.
     """
     folder = Path(path)
     pointer = folder / 'last_checkpoint'
     if not pointer.is_file():
         return None
     named = pointer.read_text().strip()
-    if named and (folder / Path(named).name).is_file():
-        return str(folder / Path(named).name)
     if named and fileio.exists(named):
         return named
+    if named and (folder / Path(named).name).is_file():
+        return str(folder / Path(named).name)
     # The name is written after the checkpoint, so the newest one is whole. Published ones (epoch_12-1a2b3c4d.pth) are
     # left out, since they have no optimizer to resume with.
     saved = {file: re.fullmatch(r'(?:epoch|iter)_(\d+)\.pth', file.name) for file in folder.glob('*.pth')}

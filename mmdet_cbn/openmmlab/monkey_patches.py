@@ -4,7 +4,7 @@ tools.py has what train.py and test.py change besides.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -64,13 +64,7 @@ def install() -> None:
 @contextmanager
 def safe_runner() -> Iterator[None]:
     """Make the changes of :data:`IN_TOOLS` for as long as the context lasts."""
-    undo = []
-    try:
+    with ExitStack() as changes:
         for patch in IN_TOOLS:
-            change = mock.patch.object(patch.owner, patch.name, patch.new)
-            change.start()
-            undo.append(change)
+            changes.enter_context(mock.patch.object(patch.owner, patch.name, patch.new))
         yield
-    finally:
-        for change in undo:
-            change.stop()

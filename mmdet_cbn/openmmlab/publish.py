@@ -72,7 +72,8 @@ def _plain(value: Any) -> Any:
                 f'{_PACKAGE} is needed for WithNorm, unless its norm_cfg is of BatchNorm, CBN or BRN, and has none of '
                 f'{", ".join(_OF_EVALUATION)}; it is {value["norm_cfg"]}'
             )
-        return _plain(value['model'])
+        others = {key: item for key, item in value.items() if key not in ('type', 'model', 'norm_cfg')}
+        return _plain({**others, **value['model']})
     if isinstance(found, type) and issubclass(found, nn.BatchNorm2d):
         return {'type': 'BN', **{key: value[key] for key in _OF_BATCH_NORM if key in value}}
     if isinstance(found, type) and issubclass(found, Hook):

@@ -9,7 +9,7 @@ from ..requirements import wanted
 
 
 @MODELS.register_module(name='WithNorm')
-def with_norm(model: dict[str, Any], norm_cfg: dict[str, Any]) -> nn.Module:
+def with_norm(model: dict[str, Any], norm_cfg: dict[str, Any], **others: Any) -> nn.Module:
     """Build a model and give each of its ``nn.BatchNorm2d`` layers another type: ``dict(type='WithNorm', ...)``.
 
     Unlike :class:`SwitchNormHook`, it does so before the optimizer is built, so the new layers may have other
@@ -18,6 +18,7 @@ def with_norm(model: dict[str, Any], norm_cfg: dict[str, Any]) -> nn.Module:
     Args:
         model: Config of the model.
         norm_cfg: The config of the new layers. If it has no eps, they take that of the old layers.
+        **others: What the model's own config lacks. mmengine's Runner puts the config's ``data_preprocessor`` here.
 
     Returns:
         The model.
@@ -30,7 +31,7 @@ def with_norm(model: dict[str, Any], norm_cfg: dict[str, Any]) -> nn.Module:
         from mmcv.cnn import build_norm_layer
     except ImportError as error:
         raise ImportError(f'WithNorm needs {wanted("mmcv")} ({error})') from error
-    built: nn.Module = MODELS.build(model)
+    built: nn.Module = MODELS.build({**others, **model})
     # A layer may have two names.
     names = {
         name: module for name, module in built.named_modules(remove_duplicate=False) if type(module) is nn.BatchNorm2d

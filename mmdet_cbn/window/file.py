@@ -56,7 +56,7 @@ def remove_orphans(folder: str, rank: int, kept: str | None = None) -> None:
             fileio.remove(path)
 
 
-def load(path: str, layers: Mapping[str, Layer], names: Set[str], iteration: int) -> int:
+def load(path: str, layers: Mapping[str, Layer], names: Set[str], iteration: int) -> int | None:
     """Load the windows of a file into ``layers``, by their names. The file cannot run code.
 
     A layer that has no window in the file gets an empty one: it was not a CBN yet when the file was saved.
@@ -68,11 +68,12 @@ def load(path: str, layers: Mapping[str, Layer], names: Set[str], iteration: int
         iteration: How many iterations were trained.
 
     Returns:
-        How many layers have their window from the file.
+        How many layers have their window from the file. None if the file is of another iteration, as after a kill
+        between windows and checkpoint where all checkpoints have one name. Then all windows are empty.
 
     Raises:
-        RuntimeError: The file is damaged, holds something else, belongs to another model or iteration, or has a window
-            that does not fit its layer. Then all windows are empty.
+        RuntimeError: The file is damaged, holds something else, belongs to another model, or has a window that does not
+            fit its layer. Then all windows are empty.
     """
     data = io.BytesIO(fileio.get(path))
     try:
@@ -83,16 +84,21 @@ def load(path: str, layers: Mapping[str, Layer], names: Set[str], iteration: int
         if not isinstance(saved, dict) or set(saved) != {'iteration', 'windows'} or saved['windows'].keys() - names:
             raise ValueError('it belongs to other layers')
         if saved['iteration'] != iteration:
-            raise ValueError(f'it was written after {saved["iteration"]} iterations, not after {iteration}')
+            _forget(layers)
+            return None
         kept = {name: state for name, state in saved['windows'].items() if name in layers}
         for name, state in kept.items():
             layers[name].load_window_state(state)
     except Exception as error:  # of a file from elsewhere, whatever torch and the layers stumble over
-        for layer in layers.values():
-            layer.forget_window()
+        _forget(layers)
         raise RuntimeError(
             f'{path} was not loaded: it is damaged, holds more than windows, or belongs to another model or '
             f'norm_cfg ({next(iter(str(error).splitlines()), type(error).__name__)}). To go on with empty '
             'windows, which fill within k iterations, remove it.'
         ) from error
     return len(kept)
+
+
+def _forget(layers: Mapping[str, Layer]) -> None:
+    for layer in layers.values():
+        layer.forget_window()
