@@ -295,6 +295,18 @@ def test_the_plot_has_a_line_a_method(runs):
     assert not any('paper' in text.get_text() for text in axes.get_legend().get_texts())
 
 
+def test_in_a_plot_of_many_methods_a_single_point_is_left_out():
+    everything = [run for row in IMAGES.rows for run in runs_of(row, [1.0])]
+    axes = plot_figure(IMAGES, collect(IMAGES, everything, CONFIGS)).axes[0]
+    methods = dict.fromkeys(row.labels[0] for row in IMAGES.rows)
+    assert [line.get_label() for line in axes.containers] == [
+        method for method in methods if method != 'CBN, order 2, gradient batch'
+    ]
+    everything = [run for row in PHOTOGRAPHS_FASTER.rows for run in runs_of(row, [1.0])]
+    axes = plot_figure(PHOTOGRAPHS_FASTER, collect(PHOTOGRAPHS_FASTER, everything, CONFIGS)).axes[0]
+    assert len(axes.containers) == len(PHOTOGRAPHS_FASTER.rows) == 6, 'few'
+
+
 def test_what_is_stored_is_what_the_logs_told(runs, tmp_path):
     store_runs(runs, tmp_path / 'runs.json')
     again = find_runs([tmp_path / 'runs.json'])

@@ -1,7 +1,7 @@
 """Our runs beside the paper's numbers, as Markdown, CSV and plots."""
 
 import csv
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import mean, stdev
@@ -13,6 +13,8 @@ from matplotlib.ticker import MaxNLocator
 from ..markdown import table as markdown_table
 from .logs import Entry, Run, collect, store_runs
 from .table import Row, Table
+
+_FEW_LINES = 7  # in a plot
 
 
 def summarize(runs: list[Run], metric: str) -> tuple[float, float | None] | None:
@@ -253,12 +255,16 @@ def plot_curves(table: Table, entries: Mapping[str, list[Entry]]) -> Figure | No
 def plot_figure(table: Table, entries: Mapping[str, list[Entry]]) -> Figure | None:
     """Plot AP over k or burn-in: mean and deviation over trials, one line per method, and the points of the paper.
 
-    Rows that were trained with other settings than the paper's have a line of their own. None without any finished run.
+    Rows that were trained with other settings than the paper's have a line of their own. In a table of many methods
+    those with a single point are left out: their lines would be too many to tell apart. None without any finished run.
     """
     metric = table.metrics[0]
     figure = Figure(figsize=(7, 5), layout='constrained')
     axes = figure.subplots()
-    for method in dict.fromkeys(row.labels[0] for row in table.rows):
+    points_of = Counter(row.labels[0] for row in table.rows)
+    for method, number_of_points in points_of.items():
+        if table.is_ours and len(points_of) > _FEW_LINES and number_of_points == 1:
+            continue
         lines: dict[str, list[tuple[Any, float, float]]] = defaultdict(list)
         for row in table.rows:
             if row.labels[0] != method:
