@@ -96,11 +96,11 @@ def update_running(running: Running, mean: Tensor, unbiased_var: Tensor, momentu
     running.num_batches.add_(1)
     for average, new in ((running.mean, mean), (running.var, unbiased_var)):
         # The cumulative average divides on the device: a Python number would make the host wait for it.
-        weight = 1 / running.num_batches.to(average.dtype) if momentum is None else momentum
+        wide = torch.promote_types(average.dtype, new.dtype)
+        weight = 1 / running.num_batches.to(wide) if momentum is None else momentum
         if average.dtype == new.dtype:
             average.lerp_(new.where(finite, average), weight)
         else:  # a variance can be too large for a half, and its share of the average not
-            wide = torch.promote_types(average.dtype, new.dtype)
             updated = average.to(wide).lerp(new.to(wide), weight).to(average.dtype)
             average.copy_(updated.where(finite & updated.isfinite(), average))
     return finite
