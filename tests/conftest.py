@@ -2,7 +2,10 @@
 
 import json
 import os
-from functools import cache
+import threading
+from contextlib import contextmanager
+from functools import cache, partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
 from pathlib import Path
 
@@ -60,6 +63,18 @@ def runner_for(tmp_path, model, hook, epochs=4, batch_size=1, train_cfg=None, mo
         experiment_name=f'tiny-{next(_runs)}',
         **kwargs,
     )
+
+
+@contextmanager
+def served(folder):
+    """The URL under which the files of ``folder`` can be read."""
+    handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
+    with ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f'http://127.0.0.1:{server.server_port}'
+        finally:
+            server.shutdown()
 
 
 @pytest.fixture(autouse=True, scope='session')

@@ -2,17 +2,15 @@
 
 import pickle
 import tarfile
-import threading
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 import torch
-from conftest import Net, runner_for
+from conftest import Net, runner_for, served
 from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer, MessageHub
 from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
@@ -192,14 +190,10 @@ def test_no_checkpoint_from_a_url_runs_code(tmp_path, checkpoint, monkeypatch):
     torch.save(checkpoint, tmp_path / 'good.pth')
     torch.save(dict(checkpoint, evil=Evil(made)), tmp_path / 'evil.pth')
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'cache'))
-    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
-    with ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f'http://127.0.0.1:{server.server_port}'
+    with served(tmp_path) as url:
         assert CheckpointLoader.load_checkpoint(f'{url}/good.pth', 'cpu')['meta']['epoch'] == 1
         with pytest.raises(pickle.UnpicklingError, match=r'evil\.pth was not loaded'):
             CheckpointLoader.load_checkpoint(f'{url}/evil.pth', 'cpu')
-        server.shutdown()
     assert not made.exists()
 
 

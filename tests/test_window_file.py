@@ -5,15 +5,12 @@ import os
 import pickle
 import random
 import shutil
-import threading
 import time
 from datetime import timedelta
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from conftest import Net, runner_for
+from conftest import Net, runner_for, served
 from mmengine.dist import get_rank
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
@@ -340,11 +337,9 @@ def test_a_resume_from_a_url_fills_the_windows_anew(tmp_path, monkeypatch):
     """mmengine can read from HTTP, and not tell whether a file exists there."""
     train(tmp_path, epochs=2)
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'cache'))
-    with ThreadingHTTPServer(('127.0.0.1', 0), partial(SimpleHTTPRequestHandler, directory=str(tmp_path))) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f'http://127.0.0.1:{server.server_port}/epoch_2.pth'
-        assert train(tmp_path / 'resumed', epochs=3, resume=True, load_from=url).lengths == [1, 2, 3, 4]
-        server.shutdown()
+    with served(tmp_path) as url:
+        resumed = train(tmp_path / 'resumed', epochs=3, resume=True, load_from=f'{url}/epoch_2.pth')
+    assert resumed.lengths == [1, 2, 3, 4]
 
 
 def test_a_resume_from_the_home_directory_has_its_windows(tmp_path, monkeypatch):

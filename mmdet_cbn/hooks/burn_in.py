@@ -225,11 +225,7 @@ class CBNBurnInHook(Hook):
     def _load_window(self, runner: Runner, path: str) -> None:
         if '://' not in path:
             path = os.path.expanduser(path)  # as mmengine does for the checkpoint
-        try:
-            exists = fileio.exists(path)
-        except (AttributeError, NotImplementedError):  # a backend that reads only, as mmengine's for HTTP
-            exists = False
-        if not exists:
+        if not window_file.exists(path):
             runner.logger.warning(f'CBN: {path} is missing, so the windows fill anew, within k iterations.')
             return
         layers, names = self._layers, dict(model_of(runner).named_modules()).keys()

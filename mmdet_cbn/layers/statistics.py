@@ -95,8 +95,8 @@ def update_running(running: Running, mean: Tensor, unbiased_var: Tensor, momentu
         return finite
     running.num_batches.add_(1)
     for average, new in ((running.mean, mean), (running.var, unbiased_var)):
-        # The cumulative average divides on the device: a Python number would make the host wait for it.
         wide = torch.promote_types(average.dtype, new.dtype)
+        # The cumulative average divides on the device: a Python number would make the host wait for it.
         weight = 1 / running.num_batches.to(wide) if momentum is None else momentum
         if average.dtype == new.dtype:
             average.lerp_(new.where(finite, average), weight)

@@ -39,6 +39,14 @@ def save(path: str, layers: Mapping[str, Layer], iteration: int) -> None:
             fileio.put(buffer.getvalue(), at)
 
 
+def exists(path: str) -> bool:
+    """Whether there is such a file. False where mmengine can read a file and not look for it, as over HTTP."""
+    try:
+        return bool(fileio.exists(path))
+    except (AttributeError, NotImplementedError):
+        return False
+
+
 def remove_orphans(folder: str, rank: int, kept: str | None = None) -> None:
     """Remove the files of process ``rank`` in ``folder`` whose checkpoint mmengine has removed.
 
