@@ -222,6 +222,7 @@ def test_a_row_is_trained_and_reported(imagenette, tmp_path, monkeypatch):
     assert f'| ours, 1 trial, not as in the paper (1) | {top1:.1f} |' in (tmp_path / 'report/table3.md').read_text()
 
 
+@MODELS.register_module()
 class TwoNames(nn.Module):
     def __init__(self):
         super().__init__()
@@ -234,14 +235,14 @@ class TwoNames(nn.Module):
 
 @pytest.mark.parametrize('norm_cfg', [dict(type='CBN'), dict(type='GN', num_groups=2)])
 def test_new_layers_begin_with_what_the_old_ones_have(norm_cfg):
-    MODELS.register_module(module=TwoNames, force=True)
     model = MODELS.build(dict(type='WithNorm', model=dict(type='TwoNames'), norm_cfg=norm_cfg))
     assert model.bn is model.layers[1] and type(model.bn) in (CBN, nn.GroupNorm) and not model.bn.training
     assert not model.bn.weight.any() and model.bn.weight.requires_grad and not model.bn.bias.requires_grad
     assert norm_cfg['type'] == 'GN' or (model.bn.running_mean == 7).all()
 
 
-class HardCoded(BaseModel):
+@MODELS.register_module()
+class OwnPreprocessor(BaseModel):
     def __init__(self, data_preprocessor=None):
         super().__init__(data_preprocessor)
         self.bn = nn.BatchNorm2d(4)
@@ -252,7 +253,6 @@ class HardCoded(BaseModel):
 
 def test_a_config_with_its_data_preprocessor_apart_builds_a_model_with_norm():
     """The Runner adds it to the config of the model, which is WithNorm's here."""
-    MODELS.register_module(module=HardCoded, force=True)
     apart = dict(data_preprocessor=dict(type='ImgDataPreprocessor'))
-    model = MODELS.build(dict(type='WithNorm', model=dict(type='HardCoded'), norm_cfg=dict(type='CBN'), **apart))
+    model = MODELS.build(dict(type='WithNorm', model=dict(type='OwnPreprocessor'), norm_cfg=dict(type='CBN'), **apart))
     assert type(model.data_preprocessor) is ImgDataPreprocessor and type(model.bn) is CBN
