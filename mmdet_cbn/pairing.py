@@ -149,15 +149,21 @@ _told: weakref.WeakKeyDictionary[_ConvNd, 'weakref.WeakSet[ConvFinder]'] = weakr
 
 
 class _Traced:
-    """The last call in what torch.compile makes a graph of. Only the compiler looks at it; it holds no real tensors.
+    """The last call in what torch.compile makes a graph of. Only the compiler looks at it. The graph itself leaves here
+    a call that no norm has claimed.
 
-    A convolution that a norm was told has its own last call as an attribute: others may be called in between.
+    The last call of each convolution that a norm was told has an attribute of its own, because others may be called in
+    between.
     """
 
     call: tuple[_ConvNd, Tensor, Tensor] | None = None
 
 
 _traced = _Traced()
+
+
+def _attribute_of(told: _ConvNd) -> str:
+    return f'call_of_{id(told)}'
 
 
 @outside_graphs
@@ -171,7 +177,7 @@ def remember_call(module: nn.Module, args: tuple, kwargs: dict[str, Any], output
     if is_compiling():
         _traced.call = module, input, output
         if _told.get(module):
-            module._traced_call = _traced.call  # type: ignore[assignment]
+            setattr(_traced, _attribute_of(module), _traced.call)
         return
     _calls.last = _Remembered(module, input, output)
     if _told.get(module):
@@ -192,8 +198,8 @@ def claim_call(output: Tensor, told: _ConvNd | None = None) -> tuple[_ConvNd, Te
         if told is None:
             traced, _traced.call = _traced.call, None
         else:
-            traced = getattr(told, '_traced_call', None)
-            told._traced_call = None  # type: ignore[assignment]
+            traced = getattr(_traced, _attribute_of(told), None)
+            setattr(_traced, _attribute_of(told), None)
         return None if traced is None or traced[2] is not output else traced[:2]
     call = _calls.last if told is None else _calls.of_told.get(told)
     found = None if call is None else call.claim(output)
@@ -238,6 +244,11 @@ class ConvFinder:
         # Those that were seen since it has watched all convolutions, and whether one of them was not known.
         self._seen: set[_ConvNd] = set()
         self._has_new = False
+
+    @property
+    def convs(self) -> list[_ConvNd]:
+        """The convolutions known."""
+        return list(self._handles)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy must watch as its original does, or it misses the convolution in its first forward.

@@ -136,6 +136,33 @@ class TwoBranches(nn.Module):
         return sum(norm(output) for norm, output in zip(self.norms, outputs, strict=True)).square().mean()
 
 
+class CalledAgain(TwoBranches):
+    """No norm follows the last call of a named convolution."""
+
+    def forward(self, x):
+        return super().forward(x) + self.convs[0](x + 1).square().mean()
+
+
+def test_a_graph_leaves_nothing_in_the_model():
+    model = CalledAgain()
+    before = set(vars(model.convs[0]))
+    compiled = torch.compile(model, backend='aot_eager')
+    for (x,) in images(3, 8):
+        compiled(x).backward()
+    assert set(vars(model.convs[0])) == before
+    copy.deepcopy(model)
+
+
+@pytest.mark.parametrize('order', [0, 1])
+def test_a_shared_head_compiles_with_dynamic_shapes(order):
+    torch.manual_seed(0)
+    model = Head(order=order)
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(model, backend='aot_eager', dynamic=True)
+    for size in (8, 9, 12):
+        train_side_by_side(model, compiled, twin, images(2, size, size // 2))
+
+
 def test_convolutions_that_are_named_are_found_in_a_graph():
     torch.manual_seed(0)
     model = TwoBranches()

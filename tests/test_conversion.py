@@ -155,6 +155,11 @@ def test_looking_for_active_norms_changes_no_mode():
     [
         (lambda: CBN.convert_batchnorm(nn.Conv2d(3, 3, 1)), ValueError, 'the model has no such normalizer in training'),
         (
+            lambda: CBN.convert_batchnorm(CBN.convert_batchnorm(Block())),
+            ValueError,
+            'all 1 BatchNorms of the model in training are CBN',
+        ),
+        (
             lambda: CBN.convert_batchnorm(net(), ['1', '2']),
             ValueError,
             r"prefixes must name modules that have .*, got '2'; the model has them in \['0', '1.0', '1.1'\]",

@@ -117,7 +117,7 @@ class BRN(nn.BatchNorm2d):
         calls = None if second_run or is_compiling() else self.iteration
         if calls is not None and calls.is_over():
             calls.begin()
-        call = Call() if second_run else None if calls is None else calls.begin_call(None)
+        call = Call() if second_run else None if calls is None else calls.begin_call()
         with torch.no_grad():
             mean, var = batch_statistics(input)
             deviation = (var + self.eps).sqrt()

@@ -16,10 +16,10 @@ from ..arguments import check_bool, check_choice, check_int, check_names, shown
 from ..compensation import drop_inf_and_nan, make_compensation
 from ..errors import refuse_data_parallel, title_of
 from ..old_torch import IS_BEFORE_2_13, is_compiling, outside_graphs_in_training
-from ..pairing import ConvCall, ConvFinder, claim_call, why_unsupported
+from ..pairing import ConvCall, ConvFinder, claim_call, version_of, why_unsupported
 from ..window.calls import CallWindows, is_recomputing
 from .batch_renorm import BRN
-from .compilation import opaque_to_compiler
+from .compilation import eps_of, opaque_to_compiler
 from .conversion import active_norms, as_leaf, convert_all, select
 from .diagnosis import Diagnosis, DiagnosisRecorder
 from .gradient import DEFAULT_GRADIENT, GRADIENTS, Gradient, stand_in, statistics_gradient
@@ -54,7 +54,9 @@ class CBN(nn.BatchNorm2d):
 
     Everything else is as in ``nn.BatchNorm2d``: evaluation, parameters, checkpoints, and training with
     ``window_size=1``, during burn-in, or on an empty input. The window is not in the state dict. It fills anew after a
-    checkpoint was loaded, unless :class:`CBNBurnInHook` saves it for a resumed run.
+    checkpoint was loaded, unless :class:`CBNBurnInHook` saves it for a resumed run. It also fills anew after
+    ``reset_running_stats()``, which torch's ``update_bn`` calls, and where the weights were trained while the layer was
+    in evaluation.
 
     Where the paper is silent:
 
@@ -63,7 +65,8 @@ class CBN(nn.BatchNorm2d):
     - Statistics are float32 or float64, whatever the precision of the input.
     - A layer that is called several times in an iteration keeps one window for each call. Examples are a head shared by
       the levels of an FPN, and a norm behind two convolutions. Only their order tells the calls apart.
-    - A backward pass through the layer ends an iteration. So each micro-batch counts under gradient accumulation.
+    - A backward pass through any CBN layer of the process ends an iteration: one that is called often may have calls
+      outside the loss. So each micro-batch counts under gradient accumulation.
 
     Double backward is not supported.
 
@@ -169,6 +172,7 @@ class CBN(nn.BatchNorm2d):
         self.naive_because: str | None = None
         self.compensation = make_compensation(order, samples)
         self._burn_in = False
+        self._versions_in_evaluation: list[int] | None = None  # of the weights, when it began
         self.window_length = 0
         self.diagnose = False
         self.step_hooks: OrderedDict[int, Callable[[CBN, WindowStep], None]] = OrderedDict()
@@ -199,11 +203,9 @@ class CBN(nn.BatchNorm2d):
         if conv is not None and input.requires_grad:
             conv_bias, conv_weight = conv.bias, conv.weight
         parameters = (self.weight, self.bias, conv_bias, conv_weight)
-        return WindowNorm.apply(input, *parameters, mean, var, self.eps, call, *gradient)  # Eq. 12
+        return WindowNorm.apply(input, *parameters, mean, var, eps_of(self), call, *gradient)  # Eq. 12
 
-    @opaque_to_compiler
-    @once_per_step
-    def window_step(self, x: Tensor, conv: ConvCall | None, running: Running) -> WindowStep:
+    def _make_step(self, x: Tensor, conv: ConvCall | None, running: Running) -> WindowStep:
         """The statistics of the window with ``x``, which the window and the running statistics then remember."""
         mean, var = batch_statistics(x)  # Eq. 2 and 3
         old = self.windows.current.stacked()
@@ -222,6 +224,9 @@ class CBN(nn.BatchNorm2d):
         self.windows.current.push(kept)
         self._update_running(step, running)
         return step
+
+    # (x, conv, running) to the mean, bias included, the variance, their gradient, and the call.
+    window_step = opaque_to_compiler(once_per_step(_make_step))
 
     def _running(self) -> Running:
         if not self.track_running_stats:
@@ -257,7 +262,10 @@ class CBN(nn.BatchNorm2d):
             return None
         if is_recomputing():
             return self._find_conv_again(input)
-        reason: str | None = 'its input is not the output of a convolution that was called just before, unchanged'
+        reason: str | None = (
+            'its input is not the output of a convolution that was called just before, unchanged; or another layer has '
+            'taken this call, or it was conv.forward(x), which runs no hooks'
+        )
         try:
             found = self.finder.find(input)
         except LookupError:
@@ -268,7 +276,10 @@ class CBN(nn.BatchNorm2d):
                     self.warn_once('another convolution feeds it than before; it looks for that one')
                 return None
             reason = why_unsupported(found[0])
-        return found if reason is None else self._do_without_conv(reason)
+        if reason is not None:
+            self._do_without_conv(reason)
+            return None
+        return found
 
     def _find_conv_again(self, input: Tensor) -> tuple[Any, Tensor] | None:
         """As :meth:`_find_conv`, in a checkpointed block that runs again. Nothing is learned from that."""
@@ -387,9 +398,25 @@ class CBN(nn.BatchNorm2d):
         self._burn_in = burn_in
 
     def train(self, mode: bool = True) -> 'CBN':
+        if self.training and not mode:
+            self._versions_in_evaluation = self._versions_of_weights()
+        elif mode and not self.training and self._versions_in_evaluation not in (None, self._versions_of_weights()):
+            self.forget_window()  # its statistics froze while the weights trained: too far to extrapolate
         super().train(mode)
         self._start_or_stop_finder()
         return self
+
+    def _versions_of_weights(self) -> list[int]:
+        """How often the weights were changed in place: the layer's own, and those of its convolutions."""
+        # Not conv.weight: a parametrization would compute it.
+        tensors = (self.weight, self.bias, *(conv._parameters.get('weight') for conv in self.finder.convs))
+        return [version_of(tensor) for tensor in tensors if tensor is not None]
+
+    def reset_running_stats(self) -> None:
+        """As in BatchNorm; and empty the windows. torch's ``update_bn`` calls this for weights that are an average."""
+        super().reset_running_stats()
+        if '_window_size' in vars(self):  # not while BatchNorm is being built
+            self.forget_window()
 
     def _start_or_stop_finder(self) -> None:
         if self.training and self.compensation.needs_conv and self.window_size != 1:
@@ -403,7 +430,7 @@ class CBN(nn.BatchNorm2d):
         Without it, the layer finds out by itself: a new iteration starts if the last call had its backward pass, if
         the weights have changed, or if the graph of the last call is gone and the layer was called as often as in the
         iterations before. Call it yourself where you leave out the backward pass, as for a loss that is NaN, and keep
-        the loss; and after a forward that failed in a layer with several calls.
+        the loss or have compiled the model; and after a forward that failed in a layer with several calls.
         """
         self.windows.begin_iteration()
 
@@ -489,6 +516,8 @@ class CBN(nn.BatchNorm2d):
         check_names('CBN.convert_batchnorm', 'prefixes', prefixes)
         active = active_norms(module, (nn.BatchNorm2d, nn.SyncBatchNorm))
         found = {name: norm for name, norm in active.items() if not isinstance(norm, CBN)}
+        if active and not found:
+            raise ValueError(f'CBN.convert_batchnorm: all {len(active)} BatchNorms of the model in training are CBN')
         selected = select(found, prefixes, 'CBN.convert_batchnorm')
         for name, norm in selected.items():
             if not _is_plain(norm):
@@ -511,7 +540,9 @@ class CBN(nn.BatchNorm2d):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, '_bad_batches': torch.zeros_like(self._bad_batches)}  # a copy begins to count
+        # A copy begins to count.
+        new = dict(_bad_batches=torch.zeros_like(self._bad_batches), _versions_in_evaluation=None)
+        return {**self.__dict__, **new}
 
     def _apply(self, fn: Any, recurse: bool = True) -> 'CBN':
         before = self._places()

@@ -36,6 +36,13 @@ def number_of(module: nn.Module) -> int:
     return number
 
 
+@torch.compiler.assume_constant_result
+def eps_of(norm: Any) -> float:
+    """``norm.eps``, which a graph keeps. With ``dynamic=True`` the attribute would be a symbol, and torch 2.13 fails to
+    give a symbol to the autograd function of a second call."""
+    return norm.eps
+
+
 def opaque_to_compiler(method: Callable) -> Callable:
     """Make a step of CBN one operator in a compiled graph. Otherwise it is called as it is.
 

@@ -128,11 +128,11 @@ def statistics_gradient(
     parts = [(patches, share, factor)]
     if rest > 0:
         # With the batch in place of the window, theta receives through x what is beyond f. It is taken back here.
-        share = (fraction - own_part).unsqueeze(0)
-        stacked = type(kept)(*(tensor.unsqueeze(0) for tensor in kept))
-        factor = share * (kept.mean - window.mean)
-        patches, var_slope = compensation.weight_slopes(stacked, None, conv, share, factor, var_slope)
-        parts.append((patches, share, factor))
+        taken_back = (fraction - own_part).unsqueeze(0)
+        of_batch = type(kept)(*(tensor.unsqueeze(0) for tensor in kept))
+        factor = taken_back * (kept.mean - window.mean)
+        patches, var_slope = compensation.weight_slopes(of_batch, None, conv, taken_back, factor, var_slope)
+        parts.append((patches, taken_back, factor))
     all_patches, shares, factors_of_var = zip(*parts, strict=True)
     patches, factors = torch.cat(all_patches), torch.cat([*shares, *factors_of_var]).unflatten(0, (2, -1))
     if missing := number - len(patches):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import CheckpointFunction
 
 from ..errors import title_of
@@ -81,15 +81,16 @@ class Iteration:
         self.first_runs: list[FirstRun] = []
         self.compiled_call: Call | None = None
         self._last_call: weakref.ref[Call] | None = None
-        self._weight: weakref.ref[Tensor] | None = None  # in the last call
-        self._version = 0  # of that weight
+        # Of the last call. A weak reference to the weight itself would forbid torch.utils.swap_tensors.
+        self._conv: weakref.ref[nn.Module] | None = None
+        self._weight_id = self._version = 0
         self._began_after = 0  # so many backward passes
         self._records_graph = False
         self._checkpoint: weakref.ref[Any] | None = None  # of the last call
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has no graph, and begins an iteration of its own.
-        none = dict.fromkeys(('compiled_call', '_last_call', '_weight', '_checkpoint'))
+        none = dict.fromkeys(('compiled_call', '_last_call', '_conv', '_checkpoint'))
         return {**self.__dict__, 'calls': 0, 'first_runs': [], **none}
 
     @property
@@ -97,42 +98,45 @@ class Iteration:
         """The last call, if its part of the graph is alive."""
         return None if self._last_call is None else self._last_call()
 
-    def is_over(self, calls: int = 0) -> bool:
+    def is_over(self, windows: int = 0) -> bool:
         """Whether the next call belongs to another iteration.
 
         It does if a backward pass has gone through any layer since the last call, or if the weight has been changed in
         place. The output of the last call itself need not be in the loss.
 
         If the last call has no graph, or none any more, nobody can tell. Then an iteration has as many calls as the
-        ones before it had, all with gradients or all without.
+        layer has windows, all with gradients or all without.
 
         Args:
-            calls: How many those had.
+            windows: How many there are; 0 for a layer without, for which each such call is an iteration.
         """
-        weight = None if self._weight is None else self._weight()
-        has_changed = weight is not None and version_of(weight) != self._version
+        conv = None if self._conv is None else self._conv()
+        weight = None if conv is None else conv._parameters.get('weight')
+        has_changed = weight is not None and id(weight) == self._weight_id and version_of(weight) != self._version
         if has_changed or Call.backward_passes != self._began_after:
             return True
         if self.last_call is not None:
             return False
         records_graph = torch.is_grad_enabled() or _reentrant_checkpoint() is not None
-        return self.calls >= calls or self._records_graph != records_graph
+        return self.calls >= windows or self._records_graph != records_graph
 
     def begin(self) -> None:
         """Start a new iteration."""
         self.calls = 0
         self.first_runs = [run for run in self.first_runs if run.call() is not None and run.backward_pass is None]
 
-    def begin_call(self, weight: Tensor | None) -> Call:
+    def begin_call(self, conv: nn.Module | None = None) -> Call:
         """Add a call to the iteration. The caller starts a new one first, if :meth:`is_over` says so.
 
         Args:
-            weight: Of the convolution that feeds the layer, if it is known.
+            conv: The convolution that feeds the layer, if it is known.
         """
         call = Call()
         self._last_call = weakref.ref(call)
-        self._weight = None if weight is None else weakref.ref(weight)
-        self._version = 0 if weight is None else version_of(weight)
+        self._conv = None if conv is None else weakref.ref(conv)
+        weight = None if conv is None else conv._parameters.get('weight')
+        if weight is not None:
+            self._weight_id, self._version = id(weight), version_of(weight)
         self._began_after = Call.backward_passes
         checkpoint = None if torch.is_grad_enabled() else _reentrant_checkpoint()
         self._checkpoint = None if checkpoint is None else weakref.ref(checkpoint)
@@ -183,7 +187,8 @@ class Iteration:
     def _refuse(layer: nn.Module, reason: str) -> None:
         raise RuntimeError(
             f'{title_of(layer)} runs again in a checkpointed block, and it cannot be known which call that is: '
-            f'{reason}. Use use_reentrant=False, or do not checkpoint a block that shares the layer.'
+            f'{reason}. Use torch.utils.checkpoint with use_reentrant=True, each call of the layer in a block of its '
+            'own, or do not checkpoint blocks that share the layer.'
         )
 
 
@@ -235,7 +240,7 @@ class CallWindows:
             self._windows.append(Window(self._capacity))
         self.current = self._windows[self.iteration.calls]
         self.has_dropped = self.current.set_conv(conv)
-        return self.iteration.begin_call(None if conv is None else conv.weight)
+        return self.iteration.begin_call(conv)
 
     def state(self) -> list[dict[str, Any]]:
         """What :meth:`load` restores: plain data and copies of the tensors, on the CPU."""
