@@ -15,6 +15,7 @@ from mmengine.config import Config
 from mmengine.config import utils as config_utils
 from mmengine.dataset import DefaultSampler
 from mmengine.device import utils as device_utils
+from mmengine.logging import MMLogger
 from mmengine.model import BaseModel
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
@@ -113,9 +114,13 @@ def trains_on_cpu(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def _no_leftover_scope():
-    """Each Runner leaves a default scope behind, which the next one of the same name would complain of."""
+def _no_leftover_of_mmengine():
+    """Each Runner leaves a default scope behind, which the next one of the same name would complain of. Some tools
+    quieten the log."""
+    logger = MMLogger.get_current_instance()
+    level = logger.level
     yield
+    logger.setLevel(level)
     DefaultScope._instance_dict.clear()
 
 

@@ -59,7 +59,7 @@ def test_the_training_log_has_the_window_length(tmp_path):
     assert 'cbn_window: 3' in next(tmp_path.glob('*/*.log')).read_text()
 
 
-def test_it_says_once_what_it_found(tmp_path, caplog):
+def test_it_says_once_what_it_found(tmp_path):
     runner = runner_for(tmp_path, Net(), EPOCHS)
     runner.train()
     log = next(tmp_path.glob('*/*.log')).read_text()

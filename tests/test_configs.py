@@ -211,7 +211,7 @@ def test_schedule_and_pretraining_are_the_papers(row):
     assert (data.mean, data.std, data.bgr_to_rgb) == (mean, std, to_rgb)
 
 
-def test_the_gn_backbone_is_that_of_mmdets_gn_config(monkeypatch):
+def test_the_gn_backbone_is_that_of_mmdets_gn_config():
     ours, theirs = (
         load('cbn/faster-rcnn_r50_fpn_gn-all_1x_coco'),
         get_config('mmdet::gn/mask-rcnn_r50_fpn_gn-all_2x_coco.py'),

@@ -18,17 +18,10 @@ from mmdet_cbn import CBN
 from mmdet_cbn.experiments.paper.released_checkpoint import convert_checkpoint, convert_state_dict, model_shapes
 
 TOOL = ROOT / 'tools' / 'convert_checkpoint.py'
-SMALL = ROOT / 'configs' / 'small' / 'r18_shapes.py'  # the small version of any row of configs/cbn
+# The small version of any row of configs/cbn; without CBN_ROW, of Faster R-CNN with CBN.
+SMALL = ROOT / 'configs' / 'small' / 'r18_shapes.py'
 SHAPES = ('circle', 'square', 'triangle', 'star')
 EPS = 1e-5
-
-
-@pytest.fixture(autouse=True, scope='module')
-def _faster_rcnn_with_cbn():
-    """Is what SMALL stands for, if a test does not say otherwise."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv('CBN_ROW', raising=False)
-        yield
 
 
 def build(config, device='cpu'):
@@ -331,9 +324,11 @@ def test_what_is_no_checkpoint_of_2019_is_refused(checkpoint, message):
 
 def test_unusable_arguments_are_errors(convert, tmp_path):
     (tmp_path / 'empty.py').write_text('')
+    (tmp_path / 'wrong.py').write_text("model = dict(type='FasterRCNN', nonsense=1)")
     for options, message in (
         (dict(config=tmp_path / 'none.py'), 'none.py'),
         (dict(config=tmp_path / 'empty.py'), 'empty.py describes no model'),
+        (dict(config=tmp_path / 'wrong.py'), 'nonsense'),
         (dict(out='none/out.pth'), 'there is no folder'),
     ):
         status, printed = convert({}, **options)

@@ -62,7 +62,7 @@ def test_a_full_backward_hook_between_the_two_is_no_hindrance(hooked):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), CBN(4))
     model[hooked].register_full_backward_hook(lambda module, grad_input, grad_output: None)
     for _ in range(3):
-        model(torch.randn(1, 3, 5, 5)).sum().backward()
+        model(torch.randn(1, 3, 5, 5, requires_grad=True)).sum().backward()
     assert model[1].window_length == 3
 
 

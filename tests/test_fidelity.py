@@ -203,6 +203,7 @@ def test_the_tool_writes_tables_and_plots_and_draws_them_anew(run_tool, tmp_path
         ([], '--out has nothing to draw'),
         (['no_such.py'], 'CONFIG must be a file, got no_such.py'),
         ([STUDY, '--every', 5, '--max-tau', 5], 'every must be an int >= 6, got 5'),
+        ([STUDY, '--iters', 0], 'iters must be an int >= 1, got 0'),
         (
             [STUDY, '--iters', 2],
             '--every 10 and --max-tau 7 allow no comparison after burn-in in a training of 2',

@@ -146,6 +146,8 @@ def test_weights_are_whole_or_within_reach(check, tmp_path, monkeypatch):
 
     monkeypatch.setattr(preflight.urllib.request, 'urlopen', lambda *_, **__: nullcontext())
     assert check('weights')['open-mmlab://detectron/resnet50_gn'].status == 'ok'
+    from_scratch = Machine(CBN_HEAD, ROOT / 'configs', tmp_path, options={'model.backbone.init_cfg': None})
+    assert list(run_check('weights', from_scratch)) == []
 
 
 def test_names_of_weights_are_found_where_mmengine_looks():

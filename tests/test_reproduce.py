@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from string import Template
 
@@ -155,6 +156,7 @@ def test_a_run_of_train_py_alone_is_known_by_its_config(killed_and_restarted, tm
     lines = file.read_text().splitlines()
     resumed = tmp_path / 'own' / '99990101_000000' / 'vis_data'
     shutil.copytree(file.parents[1], resumed.parent)
+    next(resumed.parent.glob('*.log')).write_text('GPU number: 1\nresumed epoch: 1, iter: 4\n')
     old = file.parent / 'config.py'
     old.write_text(old.read_text().replace('max_epochs=2', 'max_epochs=9'))
     file.write_text('\n'.join(line for line in lines if json.loads(line)['step'] == 1))
@@ -246,17 +248,49 @@ def test_a_model_that_detects_nothing_has_an_ap_of_zero(shapes_root, tmp_path):
     assert find_runs([tmp_path / 'report' / 'runs.json'])[0].nothing_detected
 
 
-def test_nothing_detected_in_validation_is_a_point_of_the_curve(tmp_path):
-    """In the first epoch. In the second the run was killed before the end of the validation, and did it again."""
+CONFIG = "train_cfg = dict(max_epochs=2)\nval_evaluator = [dict(metric='bbox')]\n"
 
-    def session(name, log, scalars=''):
+
+@pytest.fixture
+def session(tmp_path):
+    """Writes what one start of tools/train.py, of a config name.py, leaves in its folder."""
+    (tmp_path / 'name.py').touch()
+
+    def write(name, log='', scalars='', config=CONFIG):
         (tmp_path / name / 'vis_data').mkdir(parents=True)
         (tmp_path / name / f'{name}.log').write_text(f'GPU number: 1\n{log}')
         (tmp_path / name / 'vis_data' / 'scalars.json').write_text(scalars)
-        evaluator = "val_evaluator = dict(metric='bbox')"
-        (tmp_path / name / 'vis_data' / 'config.py').write_text(f'train_cfg = dict(max_epochs=2)\n{evaluator}')
+        (tmp_path / name / 'vis_data' / 'config.py').write_text(config)
 
-    (tmp_path / 'name.py').touch()
+    return write
+
+
+def trained(**aps):
+    """The log of one training step, and of the evaluations after the epochs."""
+    lines = [dict(loss=1.0, step=1), *({'coco/bbox_mAP': ap, 'step': int(epoch[1:])} for epoch, ap in aps.items())]
+    return ''.join(f'{json.dumps(line)}\n' for line in lines)
+
+
+def test_a_training_begun_anew_takes_the_place_of_the_one_before(session, tmp_path):
+    session('1', scalars=trained(e1=0.1, e2=0.3))
+    session('2', scalars='{"coco/bbox_mAP": 0.3, "step": 0}\n')  # tools/test.py
+    (run,) = find_runs([tmp_path])
+    assert run.metrics == {'bbox_mAP': 30}
+    session('3', scalars=trained(e1=0.2), config=f'{CONFIG}model = dict(depth=7)\n')
+    (run,) = find_runs([tmp_path])
+    assert run.curve == {1: {'bbox_mAP': 20}} and run.metrics == {} and run.settings['model.depth'] == 7
+    session('4', 'resumed epoch: 1, iter: 4\n', trained(e2=0.4))
+    (run,) = find_runs([tmp_path])
+    assert run.curve == {1: {'bbox_mAP': 20}, 2: {'bbox_mAP': 40}} and run.metrics == run.curve[2]
+
+
+def test_a_training_by_iterations_is_no_row(session, tmp_path):
+    session('1', scalars=trained(e1=0.1), config="train_cfg = dict(type='IterBasedTrainLoop', max_iters=9)\n")
+    assert find_runs([tmp_path]) == []
+
+
+def test_nothing_detected_in_validation_is_a_point_of_the_curve(session, tmp_path):
+    """In the first epoch. In the second the run was killed before the end of the validation, and did it again."""
     session('1', EMPTY.format(1) + NOTHING_DETECTED)
     zeros = dict.fromkeys(BOX, 0)
     (run,) = find_runs([tmp_path])
@@ -344,6 +378,27 @@ def test_table_8_has_no_trials_of_other_tables(tmp_path, monkeypatch):
     runpy.run_path(str(ROOT / 'tools' / 'report.py'), run_name='__main__')
     before, table = page.read_text().split('<!-- table8 -->')
     assert 'ours' in before and 'ours' not in table
+
+
+def test_a_page_without_the_marks_of_a_table_is_an_error(tmp_path, monkeypatch, capsys):
+    """And one that lacks an end keeps what comes after."""
+    page = tmp_path / 'page.md'
+
+    def renew(text):
+        page.write_text(text)
+        monkeypatch.setattr(sys, 'argv', ['report.py', '--readme', str(page), '--table', '5', '6'])
+        with suppress(SystemExit):
+            runpy.run_path(str(ROOT / 'tools' / 'report.py'), run_name='__main__')
+        return page.read_text(), capsys.readouterr().err
+
+    text, error = renew('No table here.')
+    assert text == 'No table here.' and 'page.md has no marks' in error
+    text, error = renew('<!-- table5 -->\nkept\n<!-- table6-mask -->\nold\n<!-- end -->\n')
+    assert 'kept' in text and 'old' not in text and not error
+    monkeypatch.setattr(sys, 'argv', ['report.py', '--readme', str(tmp_path / 'none.md')])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / 'tools' / 'report.py'), run_name='__main__')
+    assert '--readme must be a file' in capsys.readouterr().err
 
 
 def test_a_half_done_run_is_missing_with_its_progress():
@@ -747,7 +802,9 @@ def test_other_settings_are_refused(fake):
 def test_settings_that_do_not_decide_may_change(fake):
     """As what preflight.py advises where the disk is too small."""
     run(fake())
-    harmless = ('default_hooks.checkpoint.max_keep_ckpts=2', 'train_dataloader.num_workers=8', 'log_level=DEBUG')
+    of_hook = [f'custom_hooks.0.{name}=True' for name in ('save_window', 'diagnostics')]
+    of_loader = 'train_dataloader.num_workers=8'
+    harmless = ('default_hooks.checkpoint.max_keep_ckpts=2', of_loader, 'log_level=DEBUG', *of_hook)
     assert run(fake(options=harmless)) == ('was finished', [])
 
 
@@ -789,11 +846,12 @@ def test_a_trial_is_held_as_long_as_its_command_runs(fake, tmp_path, number):
     if number == signal.SIGKILL:
         assert run(trial) == ('NOT RUN: another process is at work on it', [])
         os.kill(command, signal.SIGKILL)
-        while Path(f'/proc/{command}').exists():
-            time.sleep(0.05)
     else:
         assert not Path(f'/proc/{command}').exists()
-    assert run(trial) == ('finished', ['training', 'evaluation'])
+    deadline = time.monotonic() + 30
+    while not (result := run(trial))[1] and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert result == ('finished', ['training', 'evaluation'])
 
 
 def test_logs_of_what_is_no_row_are_left_out():

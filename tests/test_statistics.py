@@ -75,14 +75,6 @@ def test_compensation_is_eq_7_8_and_10_in_nu(name):
         torch.testing.assert_close(actual, wanted)
 
 
-def test_unchanged_weights_need_no_correction():
-    call, x = call_of('3x3 padded', torch.float32)
-    statistics = statistics_of(call, x)
-    mean, var, _ = compensate(stacked(statistics, statistics), call.weight, call.groups)
-    torch.testing.assert_close(mean, torch.stack([statistics.mean] * 2), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(var, torch.stack([statistics.var] * 2), rtol=1e-6, atol=1e-6)
-
-
 def test_window_statistics_are_those_of_all_examples_together():
     batches = torch.randn(4, 2, 3, 5, 5, dtype=torch.float64) * torch.arange(1, 5).view(4, 1, 1, 1, 1) + 7
     var, mean = torch.var_mean(batches, dim=(1, 3, 4), correction=0)

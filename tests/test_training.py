@@ -150,17 +150,3 @@ def test_every_kind_of_row_trains_and_is_evaluated_in_its_small_version(build_ru
     assert ('val/coco/segm_mAP' in results) == row.startswith('mask')
     if 'syncbn-8' in row:
         assert type(runner.model.neck.fpn_convs[0].bn).__name__ == 'SyncBatchNorm'
-
-
-@pytest.mark.slow
-def test_train_evaluate_and_resume(build_runner):
-    """Burn-in, evaluation in between and resuming, with real checkpoints."""
-    name, burn_in = 'small/r18_shapes.py', {'custom_hooks.0.burn_in_epochs': 1}
-    first = build_runner(name, **burn_in, **{'train_cfg.max_epochs': 1})
-    first.train()
-    assert len(first.message_hub.get_scalar('val/coco/bbox_mAP').data[0]) == 1
-    resumed = build_runner(name, **burn_in, **{'train_cfg.max_epochs': 2}, resume=True)
-    resumed.train()
-    windows = resumed.message_hub.get_scalar('train/cbn_window').data[0].tolist()
-    assert windows == [1, 1, 1, 1, 1, 2, 3, 4]
-    assert resumed.iter == 8

@@ -82,6 +82,7 @@ def test_the_tool_draws_all_trainings_in_one_plot(varied_root, tmp_path):
 
 
 def test_the_tool_refuses_by_name(varied_root, tmp_path):
-    for arguments, message in (([], 'has no CSV files'), (['no.py'], 'CONFIG must be a file, got no.py')):
+    (tmp_path / 'layers.csv').write_text('layer,tau\n')  # of another tool
+    for arguments, message in (([], 'has no CSV files of this tool'), (['no.py'], 'CONFIG must be a file, got no.py')):
         result = run_tool(varied_root, tmp_path, *arguments)
         assert result.returncode == 2 and message in result.stderr

@@ -82,8 +82,9 @@ def test_rows_tell_what_failed_and_with_which_variant(monkeypatch):
     monkeypatch.setattr(zoo, '_train', train)
     row = zoo._try_config('family', 'name.py', Config(dict(model=dict(type='HardCoded'))), None)
     assert row == ('family', 'name.py', 'conversion', 1, {'of a test': 1}, r'64 samples: RuntimeError: a \| b')
-    page = zoo.to_markdown('mmdet', [row, zoo.Family('other', '', '', 0, {}, 'no BatchNorm2d')])
-    assert '\n0 of 1 families' in page and '| 1: of a test |' in page and '| other | no BatchNorm2d |' in page
+    others = zoo.Family('other', '', '', 0, {}, 'no BatchNorm2d'), zoo.Family('odd', 'odd.py', '', 0, {}, 'not built')
+    page = zoo.to_markdown('mmdet', [row, *others])
+    assert '\n0 of 2 families' in page and '| 1: of a test |' in page and '| other | no BatchNorm2d |' in page
 
 
 def test_a_model_that_fails_by_its_norm_cfg_is_converted(monkeypatch):

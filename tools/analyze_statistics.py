@@ -18,6 +18,7 @@ from mmengine.config import DictAction
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
+from mmdet_cbn.arguments import check_int
 from mmdet_cbn.experiments.analysis.fidelity import StatisticsFidelityHook
 from mmdet_cbn.experiments.analysis.gradients import GradientRatioHook
 from mmdet_cbn.experiments.analysis.plots import draw, write_results
@@ -67,13 +68,12 @@ def train(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     try:
         fidelity = StatisticsFidelityHook(args.every, args.max_tau, args.samples, 'two-layers' not in args.skip)
         gradients = GradientRatioHook(args.every)
+        stop = [StopHook(check_int('StopHook', 'iters', args.iters, at_least=1))] if args.iters is not None else []
     except (TypeError, ValueError) as error:
         parser.error(str(error))
-    hooks: list[Hook] = [fidelity]
+    hooks: list[Hook] = [fidelity, *stop]
     if 'gradients' not in args.skip:
         hooks.append(gradients)
-    if args.iters is not None:
-        hooks.append(StopHook(args.iters))
     runner = runner_for_training_alone(args.config, args.cfg_options, args.out, hooks)
     with suppress(Enough):
         runner.train()

@@ -3,8 +3,8 @@
     python tools/analyze_weights.py configs/study/retinanet_r18_fpn_bn_varied.py --name BN --out work_dirs/weights
     python tools/analyze_weights.py configs/study/retinanet_r18_fpn_cbn_varied.py --name CBN --out work_dirs/weights
 
-Each call trains a config, without evaluation and checkpoints, and writes NAME.csv into DIR. Then it draws all CSV files
-there into weights.png. Without CONFIG it only draws.
+Each call trains a config, without evaluation and checkpoints, and writes NAME.csv into DIR. Then it draws all such
+files there into weights.png. Without CONFIG it only draws.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from pathlib import Path
 from mmengine.config import DictAction
 
 from mmdet_cbn.experiments.analysis.training import runner_for_training_alone
-from mmdet_cbn.experiments.analysis.weights import WeightStateHook, plot_weights, read_states
+from mmdet_cbn.experiments.analysis.weights import WeightStateHook, has_states, plot_weights, read_states
 
 
 def main() -> None:
@@ -26,9 +26,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.config:
         train(parser, args)
-    files = sorted(args.out.glob('*.csv'))
+    files = [file for file in sorted(args.out.glob('*.csv')) if has_states(file)]  # other tools write CSV files, too
     if not files:
-        parser.error(f'--out {args.out} has no CSV files; give a CONFIG to train')
+        parser.error(f'--out {args.out} has no CSV files of this tool; give a CONFIG to train')
     plot_weights({file.stem: read_states(file) for file in files}).savefig(args.out / 'weights.png', dpi=100)
 
 

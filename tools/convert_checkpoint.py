@@ -37,10 +37,13 @@ def main() -> int:
         parser.error(f'there is no folder {args.out.parent} to write to')
     try:
         shapes = model_shapes(Config.fromfile(args.config))
+    except Exception as error:  # a config is Python, and builds any model
+        parser.error(f'--config {args.config} cannot be used: {error}')
+    try:
         released = load_checkpoint(args.checkpoint, map_location='cpu')
         with errors_name_file(args.checkpoint, 'is no checkpoint of the released code'):
             converted, report = convert_checkpoint(released, shapes)
-    except (OSError, ValueError, RuntimeError, KeyError, SyntaxError, pickle.UnpicklingError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
         parser.error(str(error))
     print(report)
     if not report.complete:

@@ -12,6 +12,7 @@ import json
 import logging
 from pathlib import Path
 
+from mmdet_cbn.arguments import check_int
 from mmdet_cbn.experiments.cost.detectors import Settings
 from mmdet_cbn.experiments.cost.measure import measure_cost, page_of
 
@@ -29,6 +30,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         settings = Settings(args.device, tuple(args.size), args.batch_size, args.rounds, warmup=1)
+        check_int('cost', 'layer_rounds', args.layer_rounds, at_least=1)
     except ValueError as error:
         parser.error(str(error))
     logging.disable(logging.INFO)  # mmengine would list the initialization of every weight

@@ -32,6 +32,8 @@ def main() -> None:
     args = parser.parse_args()
     # It would tell of each environment variable that a config reads.
     MMLogger.get_current_instance().setLevel('WARNING')
+    if args.readme and not args.readme.is_file():
+        parser.error(f'--readme must be a file, got {args.readme}')
     for folder in args.work_dirs:
         if not folder.exists():
             parser.error(f'WORK_DIRS: {folder} does not exist')
@@ -44,15 +46,21 @@ def main() -> None:
     tables = [table for table in TABLES if table.is_in(args.table)] if args.table else list(COCO)
     if args.readme:
         text = args.readme.read_text(encoding='utf-8')
+        renewed = 0
         for table in tables:
-            if f'<!-- {table.name} -->' not in text:
+            # Up to the table's own end: a page that lacks it shall not lose what comes after.
+            mark = re.compile(rf'(<!-- {table.name} -->\n)(?:(?!<!-- ).)*?(<!-- end -->)', re.DOTALL)
+            if not mark.search(text):
                 continue
             is_measured = table.number == '8'  # and not trained: runs of its configs are another table's
             trials = 0 if is_measured else args.trials
             entries = {} if is_measured else collect(table, runs, CONFIGS)
             new = overview(table, entries, trials) if table.is_ours else markdown(table, entries, trials, links='')
-            mark = re.compile(rf'(<!-- {table.name} -->\n).*?(<!-- end -->)', re.DOTALL)
             text = mark.sub(lambda found, new=new: f'{found[1]}{new}{found[2]}', text)
+            renewed += 1
+        if not renewed:
+            names = ', '.join(table.name for table in tables)
+            parser.error(f'--readme {args.readme} has no marks, from <!-- NAME --> to <!-- end -->, of {names}')
         args.readme.write_text(text, encoding='utf-8')
         return
     for file in write_report(runs, args.out, CONFIGS, args.trials, tables):

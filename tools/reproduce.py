@@ -42,6 +42,8 @@ def parse_args() -> tuple[argparse.Namespace, list[Table]]:
     parser.add_argument('--cfg-options', nargs='+', default=[], metavar='KEY=VALUE', help="as for mmdet's tools")
     args = parser.parse_args()
     tables = [table for table in TABLES if table.is_in(args.table)]
+    if len({table.is_ours for table in tables}) > 1:
+        parser.error('--table must name tables of the paper or of our study, not of both: folder and GPUs differ')
     if args.gpus is None:
         args.gpus = max(table.gpus for table in tables)
     for name in ('gpus', 'trials'):
@@ -82,11 +84,11 @@ def benchmark(table: Table, setting: Setting, dry_run: bool) -> str:
     if setting.options:
         command += ['--cfg-options', *setting.options]
     done, as_it_is = out / 'command.txt', shlex.join(command)
-    if done.exists() and done.read_text() == as_it_is:
-        return 'was finished'
+    is_done = done.exists() and done.read_text() == as_it_is
     if dry_run:
-        print(as_it_is)
-        return ''
+        print('# finished' if is_done else as_it_is)
+    if is_done or dry_run:
+        return 'was finished'
     print(f'== {table.title}', flush=True)
     status = subprocess.run(command, env=environment()).returncode
     if status:

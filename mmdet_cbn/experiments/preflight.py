@@ -195,7 +195,8 @@ def check_data(machine: Machine) -> Iterator[Result]:
 
 def check_weights(machine: Machine) -> Iterator[Result]:
     """The pretrained weights of all rows: whole in torch's cache, or to be had from where mmengine takes them."""
-    names = sorted({config.model.backbone.init_cfg.checkpoint for config in machine.all_configs})
+    inits = [config.model.backbone.get('init_cfg') or {} for config in machine.all_configs]  # none from scratch
+    names = sorted({init['checkpoint'] for init in inits if 'checkpoint' in init})
     urls = [weights_url(name) for name in names]  # one by one: it changes mmengine meanwhile
     with ThreadPoolExecutor() as pool:  # without a network, each takes half a minute to find that out
         yield from pool.map(_check_weights, names, urls)

@@ -137,10 +137,10 @@ def survey(package: str, out: Path, families: Iterable[str] = (), images: int = 
 def to_markdown(package: str, rows: Iterable[Family]) -> str:
     """A page: a table of the families that train with BN, and one of the others."""
     rows = list(rows)
-    tried = [row for row in rows if row.layers]
+    tried = [row for row in rows if row.config]
     good = sum(not row.problem for row in tried)
     cells = [[row.family, row.config, row.how, row.layers, _naive_cell(row), row.problem or 'yes'] for row in tried]
-    others = [[row.family, row.problem] for row in rows if not row.layers]
+    others = [[row.family, row.problem] for row in rows if not row.config]
     return '\n'.join(
         [
             f'# The model zoo of {package} with CBN',

@@ -34,8 +34,9 @@ def find_tool(name: str) -> Path:
     raise FileNotFoundError(f'mmdet {mmdet.__version__} in {package} came without its tools/{name}; reinstall mmdet')
 
 
-def name_annotations() -> None:
-    """Make errors about a COCO annotation file name it, which pycocotools and mmdet do not.
+@contextmanager
+def named_annotations() -> Iterator[None]:
+    """Let errors about a COCO annotation file name it, which pycocotools and mmdet do not.
 
     A file that lacks some of the classes becomes an error, too. mmdet would number the others anew, and go on until it
     finds nothing to train on.
@@ -63,7 +64,12 @@ def name_annotations() -> None:
         with errors_name_file(self.ann_file, 'has no usable COCO annotations'):
             prepare(self)
 
-    COCO.__init__, CocoDataset.load_data_list, CocoDataset.full_init = named_read, checked_load, named_prepare
+    with (
+        mock.patch.object(COCO, '__init__', named_read),
+        mock.patch.object(CocoDataset, 'load_data_list', checked_load),
+        mock.patch.object(CocoDataset, 'full_init', named_prepare),
+    ):
+        yield
 
 
 @contextmanager
@@ -91,15 +97,14 @@ def distributed_on_cpu() -> Iterator[None]:
 def run_tool(name: str) -> None:
     """Run the tool ``name`` of mmdet with the arguments of this process, its own help included.
 
-    The tool runs with the changes of :data:`monkey_patches.IN_TOOLS` and :func:`name_annotations`. On a machine without
-    a GPU, several processes can train.
+    The tool runs with the changes of :data:`monkey_patches.IN_TOOLS` and :func:`named_annotations`. On a machine
+    without a GPU, several processes can train.
 
     Raises:
         FileNotFoundError: As :func:`find_tool`; and whatever the tool raises.
     """
     warnings.filterwarnings('ignore', 'pkg_resources is deprecated')  # mmengine's, for each config that it reads
-    name_annotations()
-    with safe_runner(), distributed_on_cpu() if get_device() == 'cpu' else nullcontext():
+    with safe_runner(), named_annotations(), distributed_on_cpu() if get_device() == 'cpu' else nullcontext():
         runpy.run_path(str(find_tool(name)), run_name='__main__')
     if distributed.is_initialized():
         leave_process_group()

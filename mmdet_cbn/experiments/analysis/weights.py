@@ -121,6 +121,12 @@ _PANELS = {
 }
 
 
+def has_states(file: Path) -> bool:
+    """Whether :class:`WeightStateHook` wrote ``file``, a CSV file."""
+    with open(file, newline='', encoding='utf-8') as stream:
+        return next(csv.reader(stream), None) == list(WeightState._fields)
+
+
 def read_states(file: Path) -> list[WeightState]:
     """What :class:`WeightStateHook` wrote."""
     with open(file, newline='', encoding='utf-8') as stream:

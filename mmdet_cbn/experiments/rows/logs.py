@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from mmengine.config import Config
 
 from ...errors import errors_name_file
+from ..configs import dicts_in
 from .runs import NOTHING_DETECTED, SETTINGS, evaluations, recipe_of
 from .settings import settings_of
 from .table import BOX, Table
@@ -40,7 +41,7 @@ class Entry(NamedTuple):
 
 
 def find_runs(places: Iterable[Path]) -> list[Run]:
-    """Find all trainings with logs under the folders, and all that :func:`store_runs` wrote to the files.
+    """Find all trainings by epochs with logs under the folders, and all that :func:`store_runs` wrote to the files.
 
     A run that is found twice, as in a file and in its folder, counts once: of the same row with the same settings and
     seed.
@@ -57,7 +58,7 @@ def find_runs(places: Iterable[Path]) -> list[Run]:
             work_dirs |= {file.parents[2] for file in Path(place).rglob('vis_data/scalars.json')}
     trials: dict[Any, Run] = {}
     in_files = {run.work_dir for run in stored}
-    for run in [*stored, *(read_run(work_dir) for work_dir in sorted(work_dirs))]:
+    for run in [*stored, *filter(None, map(read_run, sorted(work_dirs)))]:
         trial: Any = run.name, run.work_dir.name, json.dumps(run.settings, sort_keys=True)
         if run.name is None:
             trial = short if (short := _short(run.work_dir)) in in_files else run.work_dir
@@ -106,10 +107,11 @@ def _stored_runs(file: Path) -> list[Run]:
         ]
 
 
-def read_run(work_dir: Path) -> Run:
-    """Read the logs of a work_dir of mmdet's tools/train.py, resumed or not.
+def read_run(work_dir: Path) -> Run | None:
+    """Read the logs of a work_dir of mmdet's tools/train.py, resumed or not; None of a training that counts iterations.
 
-    Its config is run as Python, as mmengine does it.
+    Its config is run as Python, as mmengine does it. A training that began anew in the same folder takes the place of
+    the one before.
 
     Raises:
         RuntimeError: A file is not what mmengine or tools/reproduce.py writes.
@@ -118,11 +120,16 @@ def read_run(work_dir: Path) -> Run:
         return _read_run(work_dir)
 
 
-def _read_run(work_dir: Path) -> Run:
+def _read_run(work_dir: Path) -> Run | None:
     curve: dict[int, dict[str, float]] = {}
     for file in sorted(work_dir.glob('*/vis_data/scalars.json')):  # in the order of time
         with errors_name_file(file, 'is no log of mmengine'):
-            for line in file.read_text().splitlines(keepends=True):
+            lines = file.read_text().splitlines(keepends=True)
+            log = ''.join(log.read_text() for log in file.parents[1].glob('*.log'))
+            if any('"loss"' in line for line in lines):  # a training, and no evaluation
+                resumed = max((int(epoch) for epoch in _RESUMED.findall(log)), default=0)
+                curve = {epoch: metrics for epoch, metrics in curve.items() if epoch <= resumed}
+            for line in lines:
                 if '_mAP' not in line and 'accuracy/' not in line:
                     continue
                 try:
@@ -133,8 +140,7 @@ def _read_run(work_dir: Path) -> Run:
                     continue  # killed while it was written
                 if metrics := _percent(logged):
                     curve[logged['step']] = metrics
-        for log in file.parents[1].glob('*.log'):
-            curve |= {int(epoch): {} for epoch in _VALIDATED_NOTHING.findall(log.read_text())}
+        curve |= {int(epoch): {} for epoch in _VALIDATED_NOTHING.findall(log)}
     # The last run of several, but for one that was killed as it wrote its config.
     for newest in sorted(work_dir.glob('*/vis_data/config.py'), reverse=True):
         with errors_name_file(newest, 'is no config of mmengine'):
@@ -143,7 +149,9 @@ def _read_run(work_dir: Path) -> Run:
             break
     else:
         raise ValueError('it has no whole config')
-    epochs = config.train_cfg.max_epochs
+    epochs = config.train_cfg.get('max_epochs')
+    if epochs is None:
+        return None
     tested = evaluations(work_dir)
     nothing_detected = not tested[-1] if tested else curve.get(epochs) == {}
     zeros = dict.fromkeys(_names_of_aps(config), 0.0)
@@ -158,6 +166,7 @@ def _read_run(work_dir: Path) -> Run:
     return Run(work_dir, name, row_run, settings, curve, metrics, epochs, nothing_detected)
 
 
+_RESUMED = re.compile(r'resumed epoch: (\d+)')
 _GPUS = re.compile(r'GPU number: (\d+)')
 # The next line on a whole validation names the epoch. There is none if it was killed before.
 _VALIDATED_NOTHING = re.compile(rf'{re.escape(NOTHING_DETECTED)}$.*?Epoch\(val\) +\[(\d+)\]', re.DOTALL | re.MULTILINE)
@@ -165,8 +174,9 @@ _VALIDATED_NOTHING = re.compile(rf'{re.escape(NOTHING_DETECTED)}$.*?Epoch\(val\)
 
 def _names_of_aps(config: Config) -> list[str]:
     """Names of the APs that the config's validation logs if something is detected."""
-    kinds = config.get('val_evaluator', {}).get('metric', 'bbox')
-    return [name.replace('bbox', kind) for kind in ([kinds] if isinstance(kinds, str) else kinds) for name in BOX]
+    metrics = [evaluator.get('metric', 'bbox') for evaluator in dicts_in(config.get('val_evaluator'))]
+    kinds = [kind for metric in metrics for kind in ([metric] if isinstance(metric, str) else metric)]
+    return [name.replace('bbox', kind) for kind in kinds for name in BOX]
 
 
 def _percent(line: Mapping[str, Any]) -> dict[str, float]:

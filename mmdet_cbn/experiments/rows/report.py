@@ -227,7 +227,8 @@ def plot_curves(table: Table, entries: Mapping[str, list[Entry]]) -> Figure | No
     for row in table.rows:
         for entry in entries.get(row.name, []):
             values = defaultdict(list)
-            for run in entry.runs:
+            runs = [run for run in entry.runs if any(metric in metrics for metrics in run.curve.values())]
+            for run in runs:
                 for epoch, metrics in run.curve.items():
                     if metric in metrics:
                         values[epoch].append(metrics[metric])
@@ -235,7 +236,7 @@ def plot_curves(table: Table, entries: Mapping[str, list[Entry]]) -> Figure | No
                 continue
             epochs = sorted(values)
             name = ', '.join(map(str, row.labels))
-            label = f'{name}: {_trials(entry.runs)}{", not as in the paper" * bool(entry.differences)}'
+            label = f'{name}: {_trials(runs)}{", not as in the paper" * bool(entry.differences)}'
             (line,) = axes.plot(
                 epochs, [mean(values[epoch]) for epoch in epochs], marker='o', markersize=3, label=label
             )

@@ -22,16 +22,18 @@ _DECISIVE = (
     'sync_bn',
     'load_from',
 )
-# Where the data lie and how they are loaded does not decide.
+# Where the data lie, how they are loaded, and what CBNBurnInHook saves and logs does not decide.
 _INDIFFERENT = {
     '_scope_',
     'ann_file',
     'backend_args',
     'data_root',
+    'diagnostics',
     'num_workers',
     'persistent_workers',
     'pin_memory',
     'prefetch_factor',
+    'save_window',
 }
 # Nor do the hooks that only save, log and draw.
 _INDIFFERENT_HOOKS = {'checkpoint', 'logger', 'timer', 'visualization'}
