@@ -45,13 +45,13 @@ def parse_args() -> tuple[argparse.Namespace, list[Table]]:
     if len({table.is_ours for table in tables}) > 1:
         parser.error('--table must name tables of the paper or of our study, not of both: folder and GPUs differ')
     if args.gpus is None:
-        args.gpus = max(table.gpus for table in tables)
+        args.gpus = tables[0].gpus
     for name in ('gpus', 'trials'):
         if getattr(args, name) < 1:
             parser.error(f'--{name} must be 1 or more, got {getattr(args, name)}')
     if wrong := [option for option in args.cfg_options if '=' not in option]:
         parser.error(f'--cfg-options must be KEY=VALUE, got {wrong[0]}')
-    if args.small and any(table.is_ours for table in tables):
+    if args.small and tables[0].is_ours:
         parser.error('--small: the tables of our study have no small versions; they are small')
     names = [row.name for table in tables for row in table.rows]
     if unknown := set(args.rows or []) - set(names):
@@ -106,7 +106,7 @@ def main() -> None:
     args, tables = parse_args()
     # It tells on stdout of each environment variable that a config reads, between the commands of a dry run.
     MMLogger.get_current_instance().setLevel('WARNING')
-    kind = f'small_{args.small}' if args.small else 'study' if all(table.is_ours for table in tables) else 'paper'
+    kind = f'small_{args.small}' if args.small else 'study' if tables[0].is_ours else 'paper'
     work_dir = args.work_dir or Path('work_dirs') / kind
     root = Path(os.path.relpath(ROOT)) if Path.cwd().is_relative_to(ROOT) else ROOT
     setting = Setting(root, work_dir, args.gpus, tuple(args.cfg_options))
