@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from conftest import Net, runner_for
 from test_cbn import batches, conv_and_norm, loss_of
 from torch import nn
+from torch.utils import checkpoint as checkpointing
 from torch.utils.checkpoint import checkpoint
 
 from mmdet_cbn import CBN, pairing
@@ -312,6 +313,33 @@ def test_another_forward_before_the_backward_pass_does_not_disturb_a_checkpointe
             if number % 2 and use_reentrant:
                 losses.append(loss_of(run(3 * x)))
             descend(model, losses)
+        for actual, expected in zip(*(model.parameters() for model in models), strict=True):
+            torch.testing.assert_close(actual, expected)
+
+
+def selective(*saved):
+    """Of torch's selective activation checkpointing, which an old torch lacks: there, checkpoint everything."""
+    make = getattr(checkpointing, 'create_selective_checkpoint_contexts', None)
+    return {} if make is None else dict(context_fn=partial(make, list(saved)))
+
+
+@KINDS
+def test_operators_that_a_checkpoint_saves_are_those_around_the_layer(kind):
+    """The layer runs the same ones in its statistics, in the first run of a block alone."""
+    aten, models = torch.ops.aten, [conv_and_norm(window_size=3, **kind) for _ in range(2)]
+    context = selective(aten.mean.dim, aten.sub.Tensor, aten.mul.Tensor, aten.bmm.default)
+
+    def block(x, model):
+        y = model(x).tanh()
+        maps = (y - y.mean((2, 3), keepdim=True)).flatten(0, 1)
+        return loss_of(torch.bmm(maps, maps.mul(0.1)).view_as(y))
+
+    for x in batches(5, shape=(2, 4, 6, 6)):
+        for model in models:
+            is_first = model is models[0]
+            descend(
+                model, [block(x, model) if is_first else checkpoint(block, x, model, use_reentrant=False, **context)]
+            )
         for actual, expected in zip(*(model.parameters() for model in models), strict=True):
             torch.testing.assert_close(actual, expected)
 

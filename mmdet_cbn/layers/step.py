@@ -1,12 +1,14 @@
 """What surrounds the statistics of one training step: precision, checkpointed blocks and warnings."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import checkpoint
+from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode_temporarily
 
 from ..compensation import Moved
 from ..old_torch import is_autocast_enabled
@@ -30,6 +32,18 @@ class WindowStep(NamedTuple):
     window_var: Tensor  #: [C]
     fraction: Tensor  #: of the window that is the current iteration, [C]
     gradient: StatisticsGradient  #: for the backward pass
+
+
+_CachingMode: Any = getattr(checkpoint, '_CachingTorchDispatchMode', ())  # an old torch has no such mode
+
+
+def _outside_selective_checkpointing() -> AbstractContextManager:
+    """Keep operators from torch's selective activation checkpointing.
+
+    It hands their outputs to the second run of a block, one by one, and that run leaves the statistics out.
+    """
+    is_selective = isinstance(_get_current_dispatch_mode(), _CachingMode)
+    return _pop_mode_temporarily() if is_selective else nullcontext()
 
 
 def once_per_step(method: Callable) -> Callable:
@@ -58,7 +72,7 @@ def once_per_step(method: Callable) -> Callable:
         device = x.device.type
         # It takes as long as some of the statistics, so it is made only where autocast is on.
         full_precision = torch.autocast(device, enabled=False) if is_autocast_enabled(device) else nullcontext()
-        with torch.no_grad(), full_precision:
+        with torch.no_grad(), full_precision, _outside_selective_checkpointing():
             made: WindowStep = method(layer, x, conv, running)
         if windows.has_dropped or (made.past is None and not was_empty):
             layer.warn_once('its window has statistics of another convolution, which are dropped')
