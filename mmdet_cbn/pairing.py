@@ -211,6 +211,11 @@ def claim_call(output: Tensor, told: _ConvNd | None = None) -> tuple[_ConvNd, Te
     return found
 
 
+def weight_of(conv: nn.Module | None) -> Tensor | None:
+    """The weight parameter of ``conv``; None without one. Unlike ``conv.weight``, no parametrization computes it."""
+    return None if conv is None else conv._parameters.get('weight')
+
+
 def version_of(tensor: Tensor) -> int:
     """How often it was changed in place."""
     return -1 if tensor.is_inference() else tensor._version  # a tensor of inference mode has none
@@ -389,6 +394,6 @@ def why_unsupported(conv: _ConvNd) -> str | None:
         return f'the forward of this {name} has been replaced'
     if not is_known:
         return f'{name} does not compute what torch.nn.{kind} does'
-    if 'weight' not in conv._parameters:
+    if weight_of(conv) is None:
         return 'its weight is computed anew in each forward (a parametrization, weight or spectral norm)'
     return None

@@ -1245,37 +1245,40 @@ def test_a_convolution_that_ran_without_gradients_receives_none(bias):
     assert norm.weight.grad is not None and conv.weight.grad is None and (not bias or conv.bias.grad is None)
 
 
+def after_training(window_size):
+    """A model whose window has just become full."""
+    model = conv_and_norm(window_size=window_size)
+    for x in batches(window_size):
+        loss_of(model(x)).backward()
+    return model
+
+
 def train_elsewhere(model):
     """As an optimizer does, far."""
     with torch.no_grad():
         model[0].weight.copy_(torch.randn_like(model[0].weight))
 
 
-@pytest.mark.parametrize('begin_again', [lambda model: model[1].train(), update_bn], ids=['train', 'update_bn'])
-def test_weights_that_were_trained_while_the_layer_was_not_empty_the_window(begin_again):
-    """A layer in evaluation, or the average of many weights, of which update_bn takes the statistics."""
-    model = conv_and_norm(window_size=4)
-    for x in batches(4):
-        loss_of(model(x)).backward()
-    if begin_again is update_bn:
-        model = AveragedModel(model).module
-        train_elsewhere(model)
-        update_bn(batches(1), model)
-        (x,) = batches(1)
-        var, mean = torch.var_mean(model[0](x), dim=(0, 2, 3))
-        torch.testing.assert_close([model[1].running_mean, model[1].running_var], [mean, var])
-    else:
-        model[1].eval()
-        train_elsewhere(model)
-        begin_again(model)
-        model(x)
-        assert model[1].window_length == 1
+def test_weights_that_were_trained_while_the_layer_was_not_empty_the_window():
+    model = after_training(window_size=4)
+    model[1].eval()
+    train_elsewhere(model)
+    model[1].train()
+    model(*batches(1))
+    assert model[1].window_length == 1
+
+
+def test_update_bn_takes_the_statistics_of_averaged_weights():
+    model = AveragedModel(after_training(window_size=4)).module
+    train_elsewhere(model)
+    update_bn(batches(1), model)
+    var, mean = torch.var_mean(model[0](*batches(1)), dim=(0, 2, 3))
+    torch.testing.assert_close([model[1].running_mean, model[1].running_var], [mean, var])
 
 
 def test_evaluation_in_between_and_copies_keep_the_window():
-    model = conv_and_norm(window_size=4)
-    for x in batches(4):
-        loss_of(model(x)).backward()
+    model = after_training(window_size=4)
+    (x,) = batches(1)
     train_elsewhere(model)
     model.eval()
     model(x)
@@ -1286,9 +1289,7 @@ def test_evaluation_in_between_and_copies_keep_the_window():
 
 def test_no_weak_reference_to_a_weight_stays():
     """torch.utils.swap_tensors, with which torch can convert and load a model, does not take such tensors."""
-    model = conv_and_norm(window_size=3)
-    for x in batches(3):
-        loss_of(model(x)).backward()
+    model = after_training(window_size=3)
     assert not any(weakref.getweakrefs(parameter) for parameter in model.parameters())
 
 

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from string import Template
 
@@ -52,6 +51,17 @@ TINY = [
     *(f'{split}_dataloader.persistent_workers=False' for split in ('train', 'val', 'test')),
     *('train_cfg.max_epochs=2', 'default_hooks.logger.interval=1'),
 ]
+
+
+def run_tool(tool, monkeypatch, capsys, *arguments):
+    """Runs one of the tools in this process; returns its exit status and what it printed, as ``out`` and ``err``."""
+    monkeypatch.setattr(sys, 'argv', [tool, *map(str, arguments)])
+    code = 0
+    try:
+        runpy.run_path(str(ROOT / 'tools' / tool), run_name='__main__')
+    except SystemExit as end:
+        code = end.code
+    return code, capsys.readouterr()
 
 
 @pytest.fixture(scope='module')
@@ -196,10 +206,8 @@ def test_damaged_logs_are_named(file, content, named, tmp_path, monkeypatch, cap
         with pytest.raises(RuntimeError, match=f'{tmp_path} has no logs of a training'):
             find_runs([tmp_path])
     elif named:
-        monkeypatch.setattr(sys, 'argv', ['report.py', str(tmp_path)])
-        with pytest.raises(SystemExit):
-            runpy.run_path(str(ROOT / 'tools' / 'report.py'), run_name='__main__')
-        assert str(tmp_path / file) in capsys.readouterr().err
+        code, printed = run_tool('report.py', monkeypatch, capsys, tmp_path)
+        assert code == 2 and str(tmp_path / file) in printed.err
     else:
         (run,) = find_runs([tmp_path])
         assert run.metrics == ({'bbox_mAP': 50} if 'test' in file else {})
@@ -368,14 +376,13 @@ def test_whatever_decides_on_the_result_is_compared(options):
     assert any(next(iter(options)) in difference for difference in entry.differences)
 
 
-def test_table_8_has_no_trials_of_other_tables(tmp_path, monkeypatch):
+def test_table_8_has_no_trials_of_other_tables(tmp_path, monkeypatch, capsys):
     """One of its configs is a row of Table 6, too."""
     row = next(row for row in TABLE8.rows if any(row.config == other.config for other in TABLE6_MASK.rows))
     store_runs(as_in_the_paper(row, [36.0]), tmp_path / 'runs.json')
     page = tmp_path / 'page.md'
     page.write_text((CONFIGS / 'cbn' / 'README.md').read_text())
-    monkeypatch.setattr(sys, 'argv', ['report.py', str(tmp_path / 'runs.json'), '--readme', str(page)])
-    runpy.run_path(str(ROOT / 'tools' / 'report.py'), run_name='__main__')
+    assert run_tool('report.py', monkeypatch, capsys, tmp_path / 'runs.json', '--readme', page)[0] == 0
     before, table = page.read_text().split('<!-- table8 -->')
     assert 'ours' in before and 'ours' not in table
 
@@ -386,19 +393,15 @@ def test_a_page_without_the_marks_of_a_table_is_an_error(tmp_path, monkeypatch, 
 
     def renew(text):
         page.write_text(text)
-        monkeypatch.setattr(sys, 'argv', ['report.py', '--readme', str(page), '--table', '5', '6'])
-        with suppress(SystemExit):
-            runpy.run_path(str(ROOT / 'tools' / 'report.py'), run_name='__main__')
-        return page.read_text(), capsys.readouterr().err
+        _, printed = run_tool('report.py', monkeypatch, capsys, '--readme', page, '--table', '5', '6')
+        return page.read_text(), printed.err
 
     text, error = renew('No table here.')
     assert text == 'No table here.' and 'page.md has no marks' in error
     text, error = renew('<!-- table5 -->\nkept\n<!-- table6-mask -->\nold\n<!-- end -->\n')
     assert 'kept' in text and 'old' not in text and not error
-    monkeypatch.setattr(sys, 'argv', ['report.py', '--readme', str(tmp_path / 'none.md')])
-    with pytest.raises(SystemExit):
-        runpy.run_path(str(ROOT / 'tools' / 'report.py'), run_name='__main__')
-    assert '--readme must be a file' in capsys.readouterr().err
+    code, printed = run_tool('report.py', monkeypatch, capsys, '--readme', tmp_path / 'none.md')
+    assert code == 2 and '--readme must be a file' in printed.err
 
 
 def test_a_half_done_run_is_missing_with_its_progress():
@@ -459,41 +462,32 @@ def test_a_trial_that_has_not_ended_hides_none_that_has():
     assert [*line.lines[0].get_ydata()] == [30.0] and line.get_label() == 'BN, not as in the paper'
 
 
-def test_the_tables_in_the_readme_are_the_papers(tmp_path, monkeypatch):
+def test_the_tables_in_the_readme_are_the_papers(tmp_path, monkeypatch, capsys):
     copy = tmp_path / 'README.md'
     text = (CONFIGS / 'cbn' / 'README.md').read_text()
     copy.write_text(re.sub(r'(<!-- (?:table|figure)\S+ -->\n).*?(<!-- end)', r'\1\2', text, flags=re.DOTALL))
     assert len(copy.read_text()) < len(text) / 2
-    monkeypatch.setattr(sys, 'argv', ['report.py', '--readme', str(copy)])
-    runpy.run_path(str(ROOT / 'tools' / 'report.py'), run_name='__main__')
+    assert run_tool('report.py', monkeypatch, capsys, '--readme', copy)[0] == 0
     assert copy.read_text() == text
 
 
 @pytest.mark.parametrize('folder', ['missing', 'empty'])
 def test_a_report_of_nothing_is_an_error(folder, tmp_path, monkeypatch, capsys):
     (tmp_path / 'empty').mkdir()
-    monkeypatch.setattr(sys, 'argv', ['report.py', str(tmp_path / folder)])
-    with pytest.raises(SystemExit) as exit_info:
-        runpy.run_path(str(ROOT / 'tools' / 'report.py'), run_name='__main__')
-    assert exit_info.value.code == 2
+    code, printed = run_tool('report.py', monkeypatch, capsys, tmp_path / folder)
+    assert code == 2
     expected = 'no logs of a training under' if folder == 'empty' else 'missing does not exist'
-    assert expected in capsys.readouterr().err
+    assert expected in printed.err
 
 
 # -- which commands it takes
 
 
 def reproduce(monkeypatch, capsys, *arguments):
-    """Runs the tool in this process; returns its exit status and what it printed."""
-    monkeypatch.setattr(sys, 'argv', ['reproduce.py', *arguments])
+    """Runs tools/reproduce.py; returns its exit status and all that it printed."""
     monkeypatch.setenv('COCO_ROOT', 'elsewhere/')  # mmengine would log each use of it
-    code = 0
-    try:
-        runpy.run_path(str(TOOL), run_name='__main__')
-    except SystemExit as end:
-        code = end.code
-    captured = capsys.readouterr()
-    return code, captured.out + captured.err
+    code, printed = run_tool('reproduce.py', monkeypatch, capsys, *arguments)
+    return code, printed.out + printed.err
 
 
 def test_table_8_is_measured_anew_for_other_rows_or_options(monkeypatch, capsys, tmp_path):

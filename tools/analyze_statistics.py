@@ -33,7 +33,7 @@ class StopHook(Hook):
     priority = 'LOWEST'
 
     def __init__(self, iters: int) -> None:
-        self.iters = iters
+        self.iters = check_int('StopHook', 'iters', iters, at_least=1)
 
     def after_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
         if runner.iter + 1 >= self.iters:
@@ -68,12 +68,13 @@ def train(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     try:
         fidelity = StatisticsFidelityHook(args.every, args.max_tau, args.samples, 'two-layers' not in args.skip)
         gradients = GradientRatioHook(args.every)
-        stop = [StopHook(check_int('StopHook', 'iters', args.iters, at_least=1))] if args.iters is not None else []
+        hooks: list[Hook] = [fidelity]
+        if 'gradients' not in args.skip:
+            hooks.append(gradients)
+        if args.iters is not None:
+            hooks.append(StopHook(args.iters))
     except (TypeError, ValueError) as error:
         parser.error(str(error))
-    hooks: list[Hook] = [fidelity, *stop]
-    if 'gradients' not in args.skip:
-        hooks.append(gradients)
     runner = runner_for_training_alone(args.config, args.cfg_options, args.out, hooks)
     with suppress(Enough):
         runner.train()

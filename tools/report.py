@@ -46,21 +46,18 @@ def main() -> None:
     tables = [table for table in TABLES if table.is_in(args.table)] if args.table else list(COCO)
     if args.readme:
         text = args.readme.read_text(encoding='utf-8')
-        renewed = 0
-        for table in tables:
-            # Up to the table's own end: a page that lacks it shall not lose what comes after.
-            mark = re.compile(rf'(<!-- {table.name} -->\n)(?:(?!<!-- ).)*?(<!-- end -->)', re.DOTALL)
-            if not mark.search(text):
-                continue
+        # Up to the table's own end: a page that lacks it shall not lose what comes after.
+        marks = [re.compile(rf'(<!-- {t.name} -->\n)(?:(?!<!-- ).)*(<!-- end -->)', re.DOTALL) for t in tables]
+        marked = [(table, mark) for table, mark in zip(tables, marks, strict=True) if mark.search(text)]
+        if not marked:
+            names = ', '.join(table.name for table in tables)
+            parser.error(f'--readme {args.readme} has no marks, from <!-- NAME --> to <!-- end -->, of {names}')
+        for table, mark in marked:
             is_measured = table.number == '8'  # and not trained: runs of its configs are another table's
             trials = 0 if is_measured else args.trials
             entries = {} if is_measured else collect(table, runs, CONFIGS)
             new = overview(table, entries, trials) if table.is_ours else markdown(table, entries, trials, links='')
             text = mark.sub(lambda found, new=new: f'{found[1]}{new}{found[2]}', text)
-            renewed += 1
-        if not renewed:
-            names = ', '.join(table.name for table in tables)
-            parser.error(f'--readme {args.readme} has no marks, from <!-- NAME --> to <!-- end -->, of {names}')
         args.readme.write_text(text, encoding='utf-8')
         return
     for file in write_report(runs, args.out, CONFIGS, args.trials, tables):

@@ -87,7 +87,8 @@ def benchmark(table: Table, setting: Setting, dry_run: bool) -> str:
     is_done = done.exists() and done.read_text() == as_it_is
     if dry_run:
         print('# finished' if is_done else as_it_is)
-    if is_done or dry_run:
+        return ''
+    if is_done:
         return 'was finished'
     print(f'== {table.title}', flush=True)
     status = subprocess.run(command, env=environment()).returncode

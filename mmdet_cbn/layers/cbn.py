@@ -16,7 +16,7 @@ from ..arguments import check_bool, check_choice, check_int, check_names, shown
 from ..compensation import drop_inf_and_nan, make_compensation
 from ..errors import refuse_data_parallel, title_of
 from ..old_torch import IS_BEFORE_2_13, is_compiling, outside_graphs_in_training
-from ..pairing import ConvCall, ConvFinder, claim_call, version_of, why_unsupported
+from ..pairing import ConvCall, ConvFinder, claim_call, version_of, weight_of, why_unsupported
 from ..window.calls import CallWindows, is_recomputing
 from .batch_renorm import BRN
 from .compilation import eps_of, opaque_to_compiler
@@ -65,8 +65,8 @@ class CBN(nn.BatchNorm2d):
     - Statistics are float32 or float64, whatever the precision of the input.
     - A layer that is called several times in an iteration keeps one window for each call. Examples are a head shared by
       the levels of an FPN, and a norm behind two convolutions. Only their order tells the calls apart.
-    - A backward pass through any CBN layer of the process ends an iteration: one that is called often may have calls
-      outside the loss. So each micro-batch counts under gradient accumulation.
+    - A backward pass through any CBN layer of the process ends the iteration of all, because the last call of a layer
+      need not be in the loss. So each micro-batch counts under gradient accumulation.
 
     Double backward is not supported.
 
@@ -408,8 +408,7 @@ class CBN(nn.BatchNorm2d):
 
     def _versions_of_weights(self) -> list[int]:
         """How often the weights were changed in place: the layer's own, and those of its convolutions."""
-        # Not conv.weight: a parametrization would compute it.
-        tensors = (self.weight, self.bias, *(conv._parameters.get('weight') for conv in self.finder.convs))
+        tensors = (self.weight, self.bias, *map(weight_of, self.finder.convs))
         return [version_of(tensor) for tensor in tensors if tensor is not None]
 
     def reset_running_stats(self) -> None:

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from ..errors import title_of
 from ..old_torch import is_compiling
-from ..pairing import version_of
+from ..pairing import version_of, weight_of
 from .ring import Window
 
 
@@ -110,8 +110,7 @@ class Iteration:
         Args:
             windows: How many there are; 0 for a layer without, for which each such call is an iteration.
         """
-        conv = None if self._conv is None else self._conv()
-        weight = None if conv is None else conv._parameters.get('weight')
+        weight = weight_of(None if self._conv is None else self._conv())
         has_changed = weight is not None and id(weight) == self._weight_id and version_of(weight) != self._version
         if has_changed or Call.backward_passes != self._began_after:
             return True
@@ -134,9 +133,8 @@ class Iteration:
         call = Call()
         self._last_call = weakref.ref(call)
         self._conv = None if conv is None else weakref.ref(conv)
-        weight = None if conv is None else conv._parameters.get('weight')
-        if weight is not None:
-            self._weight_id, self._version = id(weight), version_of(weight)
+        weight = weight_of(conv)
+        self._weight_id, self._version = id(weight), 0 if weight is None else version_of(weight)
         self._began_after = Call.backward_passes
         checkpoint = None if torch.is_grad_enabled() else _reentrant_checkpoint()
         self._checkpoint = None if checkpoint is None else weakref.ref(checkpoint)
